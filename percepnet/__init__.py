@@ -1,0 +1,1 @@
+"""PercepNet: full-band, real-time speech enhancement on CPUs."""
