@@ -1,0 +1,131 @@
+"""Pitch tracking: normalized autocorrelation of the low band, then a Viterbi track over the frames.
+
+The correlation follows Boersma (1993): the autocorrelation of a Hann-windowed passage divided by that of the
+window, which estimates the signal's own normalized autocorrelation without a bias for short periods. It is
+computed at a quarter of the rate, the track runs on that grid, and the period found is refined to 48 kHz.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.fft
+import scipy.signal
+
+from percepnet.constants import MAX_PERIOD, MIN_PERIOD, SAMPLE_RATE
+
+PASSAGE = 1920
+"""Samples correlated for one frame: 40 ms, three periods of a 75 Hz voice."""
+
+_DECIMATION = 4
+_TRANSFORM = 2880  # ≥ PASSAGE + MAX_PERIOD, so that no lag wraps around
+_N_LAG_POINTS = _TRANSFORM // _DECIMATION
+_N_BINS = _N_LAG_POINTS // 2 + 1
+_FIRST = MIN_PERIOD // _DECIMATION
+_PERIODS = np.arange(_FIRST, MAX_PERIOD // _DECIMATION + 1) * _DECIMATION
+_N_PERIODS = len(_PERIODS)
+
+_FLAT_HZ, _STOP_HZ = 1000.0, 4000.0
+_NOISE_FLOOR = 1e-9
+_OCTAVE_COST = 0.02  # per octave: of two equally good periods the shorter one is the pitch
+_CHANGE_COST = 1.0  # per octave of change from frame to frame
+_JUMP_COST = 0.35  # at most: a new speaker or a new phrase may start anywhere
+
+
+def _low_pass() -> np.ndarray:
+    frequency_hz = np.arange(_N_BINS) * SAMPLE_RATE / _TRANSFORM
+    position = np.clip((frequency_hz - _FLAT_HZ) / (_STOP_HZ - _FLAT_HZ), 0, 1)
+    weights = np.cos(np.pi / 2 * position) ** 2
+    weights[frequency_hz < 40] = 0
+    return weights.astype(np.float32)
+
+
+_LOW_PASS = _low_pass()
+_HANN = scipy.signal.get_window("hann", PASSAGE).astype(np.float32)
+
+
+def _autocorrelation(windowed: np.ndarray) -> np.ndarray:
+    spectrum = scipy.fft.rfft(windowed, _TRANSFORM)[..., :_N_BINS]
+    energy = (spectrum.real**2 + spectrum.imag**2) * _LOW_PASS
+    return scipy.fft.irfft(energy, _N_LAG_POINTS)
+
+
+def _window_autocorrelation() -> np.ndarray:
+    full = np.correlate(_HANN.astype(np.float64), _HANN.astype(np.float64), "full")[PASSAGE - 1 :]
+    return (full[: MAX_PERIOD + 2 * _DECIMATION : _DECIMATION] / full[0]).astype(np.float32)
+
+
+_WINDOW_CORRELATION = _window_autocorrelation()
+_LOG2_PERIOD = np.log2(_PERIODS).astype(np.float32)
+_BIAS = _OCTAVE_COST * (_LOG2_PERIOD - _LOG2_PERIOD[0])
+_POSITION = _CHANGE_COST * _LOG2_PERIOD
+
+
+@dataclass
+class PitchState:
+    """Memory of the tracker."""
+
+    scores: np.ndarray
+    """Viterbi scores of the last frame, float32 (streams, candidates); 0 for the best."""
+    correlation: np.ndarray
+    """Correlations of the last frame, one lag more on each side, float32 (streams, candidates + 2)."""
+
+    @classmethod
+    def initial(cls, n_streams: int) -> "PitchState":
+        return cls(
+            np.zeros((n_streams, _N_PERIODS), np.float32), np.zeros((n_streams, _N_PERIODS + 2), np.float32)
+        )
+
+
+def correlate(passages: np.ndarray) -> np.ndarray:
+    """Normalized correlation of each passage at every candidate period and one more on each side.
+
+    passages: (streams, frames, 1920) float32. Returns (streams, frames, candidates + 2) float32, about -1..1.
+    """
+    correlation = _autocorrelation(passages * _HANN)
+    energy = correlation[..., :1] + _NOISE_FLOOR * PASSAGE
+    lags = slice(_FIRST - 1, _FIRST + _N_PERIODS + 1)
+    return correlation[..., lags] / (energy * _WINDOW_CORRELATION[lags])
+
+
+def _advance(scores: np.ndarray, local: np.ndarray) -> np.ndarray:
+    """One Viterbi step for every stream: the best way to each period, plus its own score."""
+    rising = np.maximum.accumulate(scores + _POSITION, axis=-1) - _POSITION
+    falling = np.maximum.accumulate((scores - _POSITION)[:, ::-1], axis=-1)[:, ::-1] + _POSITION
+    arriving = np.maximum(np.maximum(rising, falling), -_JUMP_COST)
+    arriving += local
+    arriving -= arriving.max(axis=-1, keepdims=True)
+    return arriving
+
+
+def track(correlation: np.ndarray, state: PitchState) -> tuple[np.ndarray, np.ndarray, PitchState]:
+    """Pitch period of each frame's predecessor, decided with this frame heard.
+
+    correlation: (streams, frames, candidates + 2) from `correlate`. Returns the periods in samples at 48 kHz, int
+    (streams, frames), their correlation, float32 0..1 (streams, frames), and the new state. [P] 2.2.
+    """
+    n_frames = correlation.shape[1]
+    local = correlation[..., 1:-1] - _BIAS
+    scores = np.empty((len(correlation), n_frames + 1, _N_PERIODS), np.float32)
+    scores[:, 0] = state.scores
+    for frame in range(n_frames):
+        scores[:, frame + 1] = _advance(scores[:, frame], local[:, frame])
+    last = np.argmax(scores[:, 1:], axis=-1)
+    change = np.abs(_POSITION - _POSITION[last][..., None])
+    before = np.argmax(scores[:, :-1] - np.minimum(change, _JUMP_COST), axis=-1)
+    delayed = np.concatenate([state.correlation[:, None], correlation], axis=1)
+    period, strength = _refine(delayed[:, :-1], before)
+    return period, strength, PitchState(scores[:, -1].copy(), delayed[:, -1].copy())
+
+
+def _refine(correlation: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fit a parabola around the chosen lag: the period to one sample at 48 kHz, and the correlation there."""
+    around = np.take_along_axis(correlation, index[..., None] + np.arange(3), axis=-1)
+    left, centre, right = around[..., 0], around[..., 1], around[..., 2]
+    curvature = left - 2 * centre + right
+    slope = (left - right) / 2
+    is_peak = curvature < -1e-6
+    shift = np.where(is_peak, slope / np.where(is_peak, curvature, 1), 0)
+    shift = np.clip(shift, -1, 1)
+    period = np.rint((index + _FIRST + shift) * _DECIMATION).astype(np.int64)
+    peak = centre - slope * shift / 2
+    return np.clip(period, MIN_PERIOD, MAX_PERIOD), np.clip(peak, 0, 1)

@@ -1,0 +1,41 @@
+"""Short-time Fourier transform with a power-complementary window: 20 ms windows, 10 ms hops."""
+
+import numpy as np
+import scipy.fft
+
+from percepnet.constants import HOP, WINDOW
+
+
+def _vorbis_window() -> np.ndarray:
+    phase = np.pi * (np.arange(WINDOW) + 0.5) / WINDOW
+    return np.sin(np.pi / 2 * np.sin(phase) ** 2).astype(np.float32)
+
+
+VORBIS_WINDOW = _vorbis_window()
+"""Analysis and synthesis window: its square and the square half a window later sum to one (Vorbis I, 4.3.1)."""
+
+
+def windows(samples: np.ndarray, length: int) -> np.ndarray:
+    """View a signal as overlapping windows, one hop apart, the last one ending at the last sample.
+
+    samples: (streams, length + (frames - 1)·480). Returns a read-only view (streams, frames, length).
+    """
+    return np.lib.stride_tricks.sliding_window_view(samples, length, axis=-1)[..., ::HOP, :]
+
+
+def forward(frames: np.ndarray) -> np.ndarray:
+    """Window and transform frames: (…, 960) float32 to (…, 481) complex64."""
+    return scipy.fft.rfft(frames * VORBIS_WINDOW)
+
+
+def inverse(spectrum: np.ndarray, overlap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Transform back, window, and overlap-add.
+
+    spectrum: (streams, frames, 481) complex64; overlap: (streams, 480) float32, the second half of the
+    window before. Returns the samples (streams, frames·480) float32, one hop late, and the new overlap.
+    """
+    frames = scipy.fft.irfft(spectrum, WINDOW) * VORBIS_WINDOW
+    samples = frames[..., :HOP].copy()
+    samples[:, 0] += overlap
+    samples[:, 1:] += frames[:, :-1, HOP:]
+    return samples.reshape(len(samples), -1), frames[:, -1, HOP:].copy()
