@@ -42,5 +42,3 @@ def assemble(
 def normalize(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Bring features (…, 70) to zero mean and unit spread by a model's constants."""
     return (features - mean) * scale
-
-
