@@ -1,0 +1,17 @@
+"""What can go wrong, by whose fault: everything the library raises on purpose derives from `PercepNetError`."""
+
+
+class PercepNetError(Exception):
+    """Base of all declared errors; the message says what came and what is accepted."""
+
+
+class ParameterError(PercepNetError):
+    """The caller's parameter is outside what is accepted: a type, a shape, a range, a name."""
+
+
+class AudioError(PercepNetError):
+    """The caller's audio cannot be enhanced: damaged, truncated, empty, not finite, a rate out of range."""
+
+
+class UnsupportedAudioError(AudioError):
+    """The caller's file is not audio, or none of the accepted formats."""
