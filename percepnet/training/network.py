@@ -48,7 +48,7 @@ class GRU(nn.Module):
             nn.init.orthogonal_(self.weight_hh.data[rows])
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
-        """Maps x (frames, batch, inputs) and a state (batch, hidden) to all states (frames, batch, hidden)."""
+        """Maps x (frames, batch, inputs) and state (batch, hidden) to all states (frames, batch, hidden)."""
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         return torch.gru(x, state[None].to(x.dtype), weights, True, 1, 0.0, self.training, False, False)[0]
 
