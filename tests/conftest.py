@@ -1,0 +1,71 @@
+"""Fixtures shared by the tests."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from percepnet.constants import N_BANDS, N_FEATURES
+from percepnet.model import Model
+
+
+def random_weights(
+    seed: int = 0, *, fc: int = 128, conv: int = 512, gru: int = 512, strength_gru: int = 128
+) -> dict[str, np.ndarray]:
+    """Weights of an untrained PercepNet by their PyTorch names, scaled so that every layer is well driven."""
+    rng = np.random.default_rng(seed)
+    weights: dict[str, np.ndarray] = {}
+
+    def add(name: str, *shape: int, gain: float = 1.5) -> None:
+        fan_in = np.prod(shape[1:])
+        weights[name] = (gain / np.sqrt(fan_in) * rng.standard_normal(shape)).astype(np.float32)
+
+    def add_bias(name: str, size: int) -> None:
+        weights[name] = (0.1 * rng.standard_normal(size)).astype(np.float32)
+
+    layers = {
+        "fc_in": (fc, N_FEATURES),
+        "conv1": (conv, fc, 5),
+        "conv2": (conv, conv, 3),
+        "gain_out": (N_BANDS, gru),
+        "strength_out": (N_BANDS, strength_gru),
+    }
+    for name, shape in layers.items():
+        add(f"{name}.weight", *shape)
+        add_bias(f"{name}.bias", shape[0])
+    cells = {
+        "gru1": (gru, conv),
+        "gru2": (gru, gru),
+        "gru3": (gru, gru),
+        "gru_gain": (gru, gru),
+        "gru_strength": (strength_gru, gru),
+    }
+    for name, (hidden, inputs) in cells.items():
+        add(f"{name}.weight_ih", 3 * hidden, inputs)
+        add(f"{name}.weight_hh", 3 * hidden, hidden, gain=1.0)
+        add_bias(f"{name}.bias_ih", 3 * hidden)
+        add_bias(f"{name}.bias_hh", 3 * hidden)
+    return weights
+
+
+def export_random_model(directory: Path, **sizes: int) -> Path:
+    """Export a model of random weights of the given sizes; returns the path of model.onnx."""
+    pytest.importorskip("onnx")
+    from percepnet.training.export import export
+
+    return export(
+        random_weights(**sizes),
+        directory,
+        name="random",
+        version="0",
+        feature_mean=np.zeros(N_FEATURES, np.float32),
+        feature_scale=np.ones(N_FEATURES, np.float32),
+        license="Apache-2.0",
+    )
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A small int8 model with random weights: gains and strengths that move, but mean nothing."""
+    directory = tmp_path_factory.mktemp("random_model")
+    return Model.load(export_random_model(directory, fc=32, conv=64, gru=64, strength_gru=32))
