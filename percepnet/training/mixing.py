@@ -160,7 +160,7 @@ class Mixer:
             if rng.random() < config.microphone_share:
                 noisy += _microphone_noise(rng, n, 10 ** (rng.uniform(*config.microphone_range_db) / 20))
             if rng.random() < config.offset_share:
-                noisy += np.float32(rng.choice([-1, 1]) * 10 ** rng.uniform(-4, -2))
+                noisy = noisy + np.float32(rng.choice([-1, 1]) * 10 ** rng.uniform(-4, -2))
             clipped = bool(rng.random() < config.clip_share)
             if clipped:
                 limit = np.abs(noisy).max() * rng.uniform(*config.clip_range)

@@ -27,7 +27,11 @@ FULL_SCALE = 32_000
 """Each recording's peak in the int16 files, so that quiet sources keep their resolution."""
 
 VALID_SHARE = 0.06
-_VALID_LIMIT_SECONDS = 600.0  # a speaker or kind of noise that is a pillar of the data stays in training
+"""Share of the speakers, kinds of noise and rooms that is held out for validation."""
+
+PILLAR_SECONDS = 600.0
+"""A speaker or kind of noise with more than this is too much to hold out: a share of its recordings is."""
+
 _AUDIO = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".oga"}
 _MIN_SECONDS = 0.2
 _LONGEST_RESPONSE = 2 * SAMPLE_RATE
@@ -233,6 +237,7 @@ def _write_recordings(cache: Path, name: str, rows: list[dict[str, str]], progre
     """Write speech or noise: int16 samples and their table."""
     kind = "speaker" if name == "speech" else "category"
     table: list[dict[str, Any]] = []
+    recordings: list[str] = []
     offset = 0
     with (cache / f"{name}.i16").open("wb") as output:
         for row, samples, rate in _recordings(rows, name, progress):
@@ -258,15 +263,16 @@ def _write_recordings(cache: Path, name: str, rows: list[dict[str, str]], progre
                     "floor_db": f"{_floor_db(samples):.1f}",
                 }
             )
+            recordings.append(f"{Path(row['path']).name}@{float(row.get('start_s') or 0)}")
             offset += len(samples)
     if not table:
         raise PrepareError(f"no usable {name}")
     seconds: dict[str, float] = defaultdict(float)
     for entry in table:
         seconds[entry[kind]] += entry["length"] / SAMPLE_RATE
-    for entry in table:
-        small = seconds[entry[kind]] < _VALID_LIMIT_SECONDS
-        entry["split"] = "valid" if small and is_held_out(entry[kind]) else "train"
+    for entry, recording in zip(table, recordings, strict=True):
+        pillar = seconds[entry[kind]] > PILLAR_SECONDS
+        entry["split"] = "valid" if is_held_out(recording if pillar else entry[kind]) else "train"
     _write_table(cache / f"{name}.csv", table)
 
 
@@ -338,7 +344,7 @@ def _floor_db(samples: np.ndarray) -> float:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a speaker, kind of noise or room is for validation: a fixed hash of its name decides."""
+    """Whether what has this name is for validation: a fixed hash decides, so that larger caches agree."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:4], "big") < VALID_SHARE * 2**32
 
