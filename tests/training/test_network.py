@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from percepnet.training.network import NetworkConfig, PercepNet  # noqa: E402
+from percepnet.training.network import GRU, CausalConv, NetworkConfig, PercepNet  # noqa: E402
 
 SMALL = NetworkConfig(fc=16, conv=32, gru=32, strength_gru=16)
 
@@ -75,3 +75,81 @@ def test_outputs_do_not_depend_on_later_frames():
         before, after = network(features)[0], network(changed)[0]
     torch.testing.assert_close(before[:, :20], after[:, :20])
     assert not torch.allclose(before[:, 20:], after[:, 20:])
+
+
+def test_the_training_recurrence_equals_torch_gru_and_its_gradients():
+    ours = GRU(24, 16).train()
+    theirs = torch.nn.GRU(24, 16)
+    for name, weight in ours.named_parameters():
+        weight.data += 0.3 * torch.randn_like(weight)
+        getattr(theirs, f"{name}_l0").data.copy_(weight)
+    x, state, pull = torch.randn(21, 5, 24), torch.randn(5, 16), torch.randn(21, 5, 16)
+    our_x, their_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+
+    our_states = ours(our_x, state)
+    their_states = theirs(their_x, state[None])[0]
+    (our_states * pull).sum().backward()
+    (their_states * pull).sum().backward()
+
+    torch.testing.assert_close(our_states, their_states, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(our_x.grad, their_x.grad, rtol=1e-4, atol=1e-5)
+    for name, weight in ours.named_parameters():
+        expected = getattr(theirs, f"{name}_l0").grad
+        torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_training_convolution_equals_conv1d_and_its_gradients():
+    layer = CausalConv(8, 12, 3).train()
+    x, pull = torch.randn(20, 4, 8), torch.randn(18, 4, 12)
+    results = []
+    for training in (True, False):
+        layer.train(training).zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        (y * pull).sum().backward()
+        results.append((y, leaf.grad, layer.weight.grad.clone(), layer.bias.grad.clone()))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_fast_training_stays_close_to_float32():
+    network = PercepNet(SMALL)
+    features, targets = torch.randn(8, 60, 70), torch.rand(2, 8, 60, 34)
+    gradients, outputs = [], []
+    for fast in (True, False):
+        network.fast = fast
+        network.zero_grad()
+        gains, strengths, _ = network(features)
+        ((gains - targets[0]).square().mean() + (strengths - targets[1]).square().mean()).backward()
+        outputs.append(torch.cat([gains, strengths]).detach())
+        gradients.append(torch.cat([weight.grad.flatten() for weight in network.parameters()]))
+    assert (outputs[0] - outputs[1]).abs().max() < 0.02
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+    assert gradients[0].norm() == pytest.approx(gradients[1].norm().item(), rel=0.02)
+
+
+def test_a_unit_that_updates_slowly_still_forgets_in_fast_training():
+    """An update of 1/256 per frame lies below bfloat16's resolution of a state near one."""
+    layer = GRU(4, 8)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.zero_()
+        layer.bias_ih[8:16] = 5.5
+    states = layer.train()(torch.zeros(300, 1, 4).bfloat16(), torch.ones(1, 8))
+    expected = torch.sigmoid(torch.tensor(5.5)) ** 300
+    torch.testing.assert_close(states[-1].float(), expected.expand(1, 8), rtol=0.02, atol=0.0)
+
+
+def test_fast_training_fits_a_target():
+    network = PercepNet(SMALL)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
+    features = torch.randn(4, 20, 70)
+    targets = torch.sigmoid(features[..., :34])
+    losses = []
+    for _ in range(40):
+        loss = (network(features)[0] - targets).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
