@@ -30,7 +30,7 @@ def _centres(erb_step: float) -> np.ndarray:
 
 
 def band_centres_hz() -> np.ndarray:
-    """Centres of the bands in Hz, float64 (34,): the last one at 20 kHz ([P] 2.1; Glasberg and Moore 1990)."""
+    """Centres of the bands in Hz, float64 (34,), up to 20 kHz ([P] 2.1; Glasberg and Moore 1990)."""
     low, high = 0.1, 10.0
     for _ in range(60):
         step = (low + high) / 2

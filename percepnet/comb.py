@@ -1,4 +1,4 @@
-"""Pitch comb filter: averages a signal over neighbouring pitch periods, which keeps the harmonics and thins the noise."""
+"""Pitch comb filter: averages over neighbouring pitch periods, which keeps the harmonics and thins the noise."""
 
 import numpy as np
 
@@ -10,6 +10,7 @@ REACH = COMB_ORDER * MAX_PERIOD
 LOOKAHEAD = LOOKAHEAD_FRAMES * HOP
 """Samples that are known after the end of the filtered window."""
 
+_BLOCK = 24  # windows filtered together: their taps' samples, 1 MB, stay in a core's cache
 _ORDERS = np.arange(-COMB_ORDER, COMB_ORDER + 1)
 _HANN = (0.5 + 0.5 * np.cos(np.pi * _ORDERS / (COMB_ORDER + 1))).astype(np.float32)
 
@@ -39,6 +40,11 @@ def filter_frames(samples: np.ndarray, period: np.ndarray) -> np.ndarray:
     starts = REACH + HOP * np.arange(n_frames)[:, None] - offsets
     shifted = np.lib.stride_tricks.sliding_window_view(samples, WINDOW, axis=-1)
     streams = np.arange(n_streams)[:, None, None]
-    periods = shifted[streams, starts]
-    periods *= weights[..., None]
-    return periods.sum(axis=2)
+    filtered = np.empty((n_streams, n_frames, WINDOW), np.float32)
+    block = max(1, _BLOCK // n_streams)
+    for first in range(0, n_frames, block):
+        frames = slice(first, first + block)
+        periods = shifted[streams, starts[:, frames]]
+        periods *= weights[:, frames, :, None]
+        periods.sum(axis=2, out=filtered[:, frames])
+    return filtered

@@ -1,0 +1,321 @@
+"""The training loop: from a prepared cache to a checkpoint, on CPU or CUDA, resumable at any step."""
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from percepnet.training.dataset import Pool, PoolConfig, validation_batches
+from percepnet.training.losses import LossConfig, SpectralLoss
+from percepnet.training.network import NetworkConfig, PercepNet
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.csv"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that shapes a run; written beside its checkpoint."""
+
+    steps: int = 4000
+    batch: int = 32
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_share: float = 0.02
+    """The learning rate falls along a cosine to this share of its peak."""
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    average_decay: float = 0.998
+    """Decay per step of the averaged weights, which are what is exported."""
+    seed: int = 1
+    validation_shards: int = 4
+    validation_every: int = 100
+    checkpoint_every: int = 50
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainConfig":
+        """Read a config; unknown names raise TypeError, absent ones keep their defaults."""
+        fields: dict[str, Any] = json.loads(text)
+        parts = {"network": NetworkConfig, "loss": LossConfig, "pool": PoolConfig}
+        return cls(**{k: parts[k](**v) if k in parts else v for k, v in fields.items()})
+
+    def to_json(self) -> str:
+        """The config as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+@dataclass
+class Checkpoint:
+    """A run at a step, complete enough to go on as if it had never stopped."""
+
+    step: int
+    network: dict[str, Tensor]
+    average: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    feature_mean: Tensor
+    feature_scale: Tensor
+    config: str
+
+    @classmethod
+    def load(cls, path: Path) -> "Checkpoint":
+        return cls(**torch.load(path, map_location="cpu", weights_only=True))
+
+    def save(self, path: Path) -> None:
+        partial = path.with_suffix(".partial")
+        torch.save(vars(self), partial)
+        partial.rename(path)
+
+
+def grow(small: dict[str, Tensor], network: PercepNet) -> None:
+    """Start a wide network from a narrow one's weights, computing the same function (after Net2Net).
+
+    The narrow network's units keep their weights and don't listen to the new units yet; the new units start at
+    random and listen to everything, so that both learn from the first step.
+    """
+
+    def blocks(name: str, rows: int, old_rows: int) -> list[tuple[slice, slice]]:
+        """Matching row ranges (new, old): a GRU's three gates are stacked."""
+        gates = 3 if name.startswith("gru") else 1
+        new, old = rows // gates, old_rows // gates
+        return [(slice(g * new, g * new + old), slice(g * old, (g + 1) * old)) for g in range(gates)]
+
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            source = small[name]
+            for new, old in blocks(name, len(parameter), len(source)):
+                if parameter.ndim == 1:
+                    parameter[new] = source[old]
+                else:
+                    parameter[new] = 0
+                    parameter[new, : source.shape[1]] = source[old]
+
+
+class Trainer:
+    """A run in a folder: builds, resumes, trains and saves."""
+
+    def __init__(
+        self,
+        cache: Path,
+        directory: Path,
+        config: TrainConfig,
+        *,
+        device: str,
+        workers: int,
+        start_from: Path | None = None,
+    ) -> None:
+        self.config = config
+        self.directory = directory
+        self.device = torch.device(device)
+        directory.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        self.network = PercepNet(config.network).to(self.device)
+        self.loss = SpectralLoss(config.loss).to(self.device)
+        self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        matrices = [p for p in self.network.parameters() if p.ndim > 1]
+        vectors = [p for p in self.network.parameters() if p.ndim == 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+        )
+        self.step = 0
+        path = directory / CHECKPOINT
+        if path.exists():
+            self._resume(Checkpoint.load(path))
+        (directory / CONFIG).write_text(config.to_json())
+        self.pool = Pool(
+            cache, directory / "shards", seed=config.seed, config=config.pool, step=self.step, workers=workers
+        )
+        self._cache = cache
+        if self.step == 0:
+            self._measure_features(start_from)
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.config != self.config.to_json():
+            raise ValueError(f"{self.directory} holds a run with another config; choose another folder")
+        self.network.load_state_dict(checkpoint.network)
+        self.average = {k: v.to(self.device) for k, v in checkpoint.average.items()}
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.mean = checkpoint.feature_mean.to(self.device)
+        self.scale = checkpoint.feature_scale.to(self.device)
+        self.step = checkpoint.step
+
+    def _measure_features(self, start_from: Path | None) -> None:
+        """Normalization constants: from the first examples, or those of the run whose weights are taken over."""
+        if start_from:
+            checkpoint = Checkpoint.load(start_from)
+            grow(checkpoint.average, self.network)
+            self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+            self.mean = checkpoint.feature_mean.to(self.device)
+            self.scale = checkpoint.feature_scale.to(self.device)
+            return
+        features = self.pool.batch(0, 256)["features"].astype(np.float64).reshape(-1, 70)
+        self.mean = torch.tensor(features.mean(0), dtype=torch.float32, device=self.device)
+        scale = 1 / np.maximum(features.std(0), 1e-3)
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=self.device)
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        if self.step < config.warmup_steps:
+            return config.learning_rate * (self.step + 1) / config.warmup_steps
+        progress = (self.step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        return config.learning_rate * (config.final_share + (1 - config.final_share) * cosine)
+
+    def _evaluate(self, network: PercepNet, batch: dict[str, np.ndarray]) -> tuple[Tensor, dict[str, float]]:
+        tensors = {k: torch.from_numpy(v).to(self.device).float() for k, v in batch.items()}
+        features = (tensors["features"] - self.mean) * self.scale
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            gains, strengths, _ = network(features)
+        return self.loss(gains, strengths, tensors)
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; returns the loss and its terms."""
+        rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, terms = self._evaluate(self.network, self.pool.batch(self.step, self.config.batch))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        decay = min(self.config.average_decay, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            for name, value in self.network.state_dict().items():
+                self.average[name].lerp_(value, 1 - decay)
+        self.step += 1
+        return {"loss": float(loss.detach()), **terms, "gradient_norm": float(norm), "learning_rate": rate}
+
+    def validate(self) -> float:
+        """Mean loss of the averaged weights on held-out speakers and noises."""
+        network = PercepNet(self.config.network).to(self.device)
+        network.load_state_dict(self.average)
+        network.eval()
+        batches = validation_batches(
+            self._cache,
+            self.directory / "validation",
+            seed=self.config.seed,
+            config=self.config.pool,
+            shards=self.config.validation_shards,
+        )
+        with torch.no_grad():
+            losses = [float(self._evaluate(network, batch)[0]) for batch in batches]
+        return sum(losses) / len(losses)
+
+    def save(self) -> None:
+        """Write the checkpoint; a kill at any moment leaves the old or the new one."""
+        Checkpoint(
+            self.step,
+            self.network.state_dict(),
+            self.average,
+            self.optimizer.state_dict(),
+            self.mean,
+            self.scale,
+            self.config.to_json(),
+        ).save(self.directory / CHECKPOINT)
+
+    def run(self) -> None:
+        """Train to the last step with a progress bar; log every step to CSV."""
+        log_path = self.directory / LOG
+        rows = [row for row in _read_log(log_path) if int(row["step"]) < self.step]
+        progress = tqdm(total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True)
+        smooth = None
+        with log_path.open("w", newline="") as file:
+            columns = (
+                "step loss magnitude phase gains strengths gradient_norm learning_rate validation seconds"
+            )
+            log = csv.DictWriter(file, columns.split(), restval="")
+            log.writeheader()
+            log.writerows(rows)
+            started = time.monotonic()
+            while self.step < self.config.steps:
+                row: dict[str, Any] = {"step": self.step, **self.train_step()}
+                row["seconds"] = round(time.monotonic() - started, 2)
+                smooth = row["loss"] if smooth is None else 0.98 * smooth + 0.02 * row["loss"]
+                last = self.step == self.config.steps
+                if last or self.step % self.config.validation_every == 0:
+                    row["validation"] = self.validate()
+                    progress.write(f"step {self.step}: validation loss {row['validation']:.5f}")
+                log.writerow(row)
+                progress.set_postfix(loss=f"{smooth:.5f}", refresh=False)
+                progress.update()
+                if last or self.step % self.config.checkpoint_every == 0:
+                    file.flush()
+                    self.save()
+        progress.close()
+
+
+def _read_log(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `percepnet train`."""
+    parser.add_argument("cache", type=Path, help="folder that `percepnet prepare` has written")
+    parser.add_argument("directory", type=Path, help="folder of the run; an unfinished run there is resumed")
+    parser.add_argument("--config", type=Path, help="JSON file with the fields of TrainConfig that differ")
+    parser.add_argument("--steps", type=int, help="train for this many steps")
+    parser.add_argument(
+        "--start-from", type=Path, help="checkpoint of an as wide or narrower network to start from"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads of the network (default: all)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that mix and analyse (default: 1)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; returns the exit code."""
+    config = TrainConfig.from_json(arguments.config.read_text()) if arguments.config else TrainConfig()
+    if arguments.steps:
+        config = dataclasses.replace(config, steps=arguments.steps)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    trainer = Trainer(
+        arguments.cache,
+        arguments.directory,
+        config,
+        device=arguments.device,
+        workers=arguments.workers,
+        start_from=arguments.start_from,
+    )
+    try:
+        trainer.run()
+    except KeyboardInterrupt:
+        trainer.save()
+    finally:
+        trainer.pool.close()
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m percepnet.training.train`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
