@@ -34,6 +34,11 @@ class MixingConfig:
     absent_share: float = 0.04  # nobody speaks: the target is silence
     late_share: float = 0.2  # speech starts within the first 60 % of the segment, not before it
     full_band_share: float = 0.5  # speech recorded with at least 16 kHz of bandwidth
+    # Recordings whose pauses are louder than this against the speech would teach to keep noise.
+    floor_max_db: float = -25.0
+    # Speakers and kinds of noise are drawn with a probability ∝ duration^exponent: 0 is one share for each.
+    speaker_exponent: float = 0.7
+    kind_exponent: float = 0.5
     speed_share: float = 0.3
     speed_range: float = 0.12  # as a fraction of the speed; pitch follows
     colour_share: float = 0.6  # random equalization, of speech and of each noise
@@ -89,21 +94,25 @@ class Mixer:
         self.config = config or MixingConfig()
         self._seed = (seed, int(split == "valid"))
         self._speech_samples, speech = load_cache(cache, "speech")
-        self._speech = {name: column[speech["split"] == split] for name, column in speech.items()}
+        usable = (speech["split"] == split) & (speech["floor_db"] <= self.config.floor_max_db)
+        self._speech = {name: column[usable] for name, column in speech.items()}
         self._noise_samples, noise = load_cache(cache, "noise")
         self._noise = {name: column[noise["split"] == split] for name, column in noise.items()}
         self._response_samples, rooms = load_cache(cache, "rooms")
         self._responses = {name: column[rooms["split"] == split] for name, column in rooms.items()}
 
-        # A fair share lies between one per speaker and one per second.
         wide = self._speech["bandwidth_hz"] >= 16_000
         self._speakers = {
-            band: _Groups(self._speech["speaker"], self._speech["length"], chosen, 0.7)
+            band: _Groups(
+                self._speech["speaker"], self._speech["length"], chosen, self.config.speaker_exponent
+            )
             for band, chosen in (("wide", wide), ("narrow", ~wide))
             if chosen.any()
         }
         everything = np.ones(len(self._noise["length"]), dtype=bool)
-        self._kinds = _Groups(self._noise["category"], self._noise["length"], everything, 0.5)
+        self._kinds = _Groups(
+            self._noise["category"], self._noise["length"], everything, self.config.kind_exponent
+        )
         self._rooms = {
             measured: _Groups(self._responses["room"], self._responses["length"], chosen, 0.0)
             for measured in (False, True)
