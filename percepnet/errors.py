@@ -1,4 +1,4 @@
-"""What can go wrong, by whose fault: everything the library raises on purpose derives from `PercepNetError`."""
+"""What can go wrong, by whose fault: every error raised on purpose derives from `PercepNetError`."""
 
 
 class PercepNetError(Exception):

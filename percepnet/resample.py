@@ -41,6 +41,8 @@ class Resampler:
     def __init__(
         self, rate_in: int, rate_out: int, shape: tuple[int, ...] = (), delay: Fraction | None = None
     ) -> None:
+        check_rate(rate_in)
+        check_rate(rate_out)
         self.delay = shortest_delay(rate_in, rate_out) if delay is None else delay
         if self.delay < shortest_delay(rate_in, rate_out):
             raise ParameterError(f"a delay of {self.delay} s is too short for {rate_in} to {rate_out} Hz")
@@ -100,12 +102,15 @@ def shortest_delay(rate_in: int, rate_out: int) -> Fraction:
     return Fraction(_reach(rate_in, rate_out), rate_in)
 
 
+def check_rate(rate: int) -> None:
+    """Raise ParameterError unless the rate is a whole number of Hz from MIN_RATE to MAX_RATE."""
+    if not isinstance(rate, int | np.integer) or not MIN_RATE <= rate <= MAX_RATE:
+        raise ParameterError(f"a sample rate of {rate!r} Hz; accepted are whole {MIN_RATE} to {MAX_RATE} Hz")
+
+
 def _reach(rate_in: int, rate_out: int) -> int:
     """Input samples that the filter covers to each side."""
-    for rate in (rate_in, rate_out):
-        if not MIN_RATE <= rate <= MAX_RATE:
-            raise ParameterError(f"a sample rate of {rate} Hz; accepted are {MIN_RATE} to {MAX_RATE} Hz")
-    return math.ceil(HALF_LENGTH * max(1, Fraction(rate_in, rate_out)))
+    return max(HALF_LENGTH, math.ceil(HALF_LENGTH * Fraction(rate_in, rate_out)))
 
 
 @lru_cache(maxsize=64)

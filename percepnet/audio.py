@@ -1,0 +1,343 @@
+"""Audio files in and out, block by block: WAV, FLAC, Ogg (Vorbis, Opus), and MP3 in."""
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+import soundfile
+
+from percepnet.errors import AudioError, ParameterError, UnsupportedAudioError
+from percepnet.resample import MAX_RATE, MIN_RATE
+
+ACCEPTED = "WAV, FLAC, Ogg (Vorbis, Opus) and MP3"
+
+FORMATS = ("wav", "flac", "ogg", "opus")
+"""What can be written."""
+
+FORMAT_OF_SUFFIX = {
+    ".wav": "wav",
+    ".wave": "wav",
+    ".flac": "flac",
+    ".ogg": "ogg",
+    ".oga": "ogg",
+    ".opus": "opus",
+}
+READABLE_SUFFIXES = (*FORMAT_OF_SUFFIX, ".mp3")
+
+OPUS_RATES = (8_000, 12_000, 16_000, 24_000, 48_000)
+
+MAX_CHANNELS = {"FLAC": 8, "OGG": 255}
+"""What the containers hold; libsndfile crashes on more in Ogg. WAV has the 1024 of libsndfile."""
+
+MAX_WAV_BYTES = (1 << 32) - (1 << 16)
+"""Longer data does not fit a WAV header's 32 bits and is written as RF64."""
+
+UNKNOWN_LENGTH = 0x7FFF_0000
+"""Programs that write WAV into a pipe leave a length from here up in its header: it promises nothing."""
+
+MAX_CHUNKS = 1000
+"""Chunks of a WAV looked at before its audio; more are an attack, not a recording."""
+
+WRITE_PIECE = 4096
+"""Samples per channel handed to libsndfile at once: libvorbis dies of a long write, kept on its stack."""
+
+PROMISE_TOLERANCE_SECONDS = 0.1
+"""MP3 headers miscount by a few frames; what is missing beyond this was cut off."""
+
+PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a file is written, in libsndfile's names."""
+
+    container: str
+    subtype: str
+
+
+class AudioReader:
+    """An audio file open for reading, whose header was checked.
+
+    source: a path or a seekable binary file, which is read from its start and stays open.
+    Raises UnsupportedAudioError for what is none of the accepted formats, AudioError for a damaged, truncated
+    or empty file and for a sample rate outside 8–192 kHz, OSError for a path that cannot be read.
+    """
+
+    def __init__(self, source: str | Path | BinaryIO) -> None:
+        with ExitStack() as opened:
+            file = opened.enter_context(open(source, "rb")) if isinstance(source, str | Path) else source
+            _check_start(file)
+            _check_end(file)
+            file.seek(0)
+            try:
+                self._sound = opened.enter_context(soundfile.SoundFile(file))
+            except soundfile.LibsndfileError as error:
+                raise AudioError(f"the file is damaged or truncated: {error.error_string}") from error
+            self._check_header()
+            self._opened = opened.pop_all()
+
+    def _check_header(self) -> None:
+        self.sample_rate: int = self._sound.samplerate
+        self.channels: int = self._sound.channels
+        self.subtype: str = self._sound.subtype
+        self.n_samples: int = self._sound.frames
+        """Per channel, as the header promises."""
+        if not MIN_RATE <= self.sample_rate <= MAX_RATE:
+            raise AudioError(
+                f"the file has a sample rate of {self.sample_rate} Hz; "
+                f"accepted are {MIN_RATE} to {MAX_RATE} Hz"
+            )
+        if self.n_samples <= 0:
+            raise AudioError("the file holds no samples")
+
+    def blocks(self, size: int) -> Iterator[np.ndarray]:
+        """Read on in blocks of (channels, size) float32, full scale ±1; the last one may be shorter.
+
+        Raises AudioError where the data is damaged, ends before what the header promises, or is not finite.
+        """
+        done = 0
+        while len(block := self._read(size, done)):
+            finite = np.isfinite(block)
+            if not finite.all():
+                sample, channel = np.argwhere(~finite)[0]
+                raise AudioError(
+                    f"sample {done + sample} ({(done + sample) / self.sample_rate:.3f} s) of channel "
+                    f"{channel + 1} is {block[sample, channel]}; all samples must be finite numbers"
+                )
+            done += len(block)
+            yield block.T
+        if self.n_samples - done > PROMISE_TOLERANCE_SECONDS * self.sample_rate or not done:
+            raise AudioError(
+                f"the file is truncated: its header promises {self.n_samples} samples, it holds {done}"
+            )
+
+    def _read(self, size: int, done: int) -> np.ndarray:
+        try:
+            return self._sound.read(size, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            seconds = done / self.sample_rate
+            raise AudioError(
+                f"the file is damaged or truncated after {seconds:.1f} s: {error.error_string}"
+            ) from error
+
+    def close(self) -> None:
+        """Close what this reader opened."""
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class AudioWriter:
+    """An audio file open for writing.
+
+    target: a path, or a seekable binary file, which stays open. A path comes into being (or is replaced) when
+    the `with` block ends well; when it ends in an exception, nothing is left behind.
+    n_samples: samples per channel expected; decides between WAV and RF64.
+    """
+
+    def __init__(
+        self,
+        target: str | Path | BinaryIO,
+        encoding: Encoding,
+        sample_rate: int,
+        channels: int,
+        n_samples: int,
+    ) -> None:
+        self.n_samples = 0
+        """Samples per channel written so far."""
+        self.clipped_samples = 0
+        """Samples, over all channels, saturated at full scale; a float file holds them as they are."""
+        self._subtype = encoding.subtype
+        container = encoding.container
+        if container == "WAV" and n_samples * channels * _bytes(encoding.subtype) > MAX_WAV_BYTES:
+            container = "RF64"
+        elif container == "WAV" and channels > 2:
+            container = "WAVEX"
+        self._path: Path | None = None
+        file: BinaryIO | Path
+        if isinstance(target, str | Path):
+            self._path = Path(target).resolve()
+            file = self._partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
+            if self._path.exists() and not self._path.is_file():
+                raise ParameterError(f"{target} is there and is not a file")
+            self._partial.touch()  # An unwritable folder is an OSError that names it.
+        else:
+            file = target
+        try:
+            self._sound = soundfile.SoundFile(
+                file, "w", sample_rate, channels, encoding.subtype, format=container
+            )
+        except soundfile.LibsndfileError as error:
+            self._discard()
+            raise ParameterError(
+                f"{encoding.container} cannot hold {channels} channels of {encoding.subtype} at "
+                f"{sample_rate} Hz: {error.error_string}"
+            ) from error
+
+    def write(self, samples: np.ndarray) -> None:
+        """Append (channels, n) float32 samples, saturated at full scale where the encoding ends there."""
+        for first in range(0, samples.shape[1], WRITE_PIECE):
+            piece = samples[:, first : first + WRITE_PIECE].T
+            encoded, clipped = _encodable(piece, self._subtype)
+            try:
+                self._sound.write(encoded)
+            except (AssertionError, soundfile.LibsndfileError) as error:
+                # soundfile only asserts that all was written.
+                raise OSError(f"writing failed after {self.n_samples} samples; is the disk full?") from error
+            self.n_samples += len(piece)
+            self.clipped_samples += clipped
+
+    def _discard(self) -> None:
+        if self._path is not None:
+            self._partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._sound.close()
+            if kind is None and self._path is not None:
+                self._partial.replace(self._path)
+        finally:
+            self._discard()
+
+
+def choose_encoding(target: str | Path | BinaryIO, name: str | None, source: AudioReader) -> Encoding:
+    """Choose how the enhanced source is written: its own PCM bit depth, or the nearest that the format has.
+
+    name: one of FORMATS; None goes by the target's suffix, or is "wav" for a binary file. "ogg" is Vorbis
+    unless the source is Opus. Raises ParameterError for what cannot be written.
+    """
+    if name is None:
+        suffix = Path(target).suffix.lower() if isinstance(target, str | Path) else ".wav"
+        if suffix not in FORMAT_OF_SUFFIX:
+            raise ParameterError(
+                f"the target's suffix is {suffix!r}; accepted are {', '.join(FORMAT_OF_SUFFIX)}"
+            )
+        name = FORMAT_OF_SUFFIX[suffix]
+    if name not in FORMATS:
+        raise ParameterError(f"the format {name!r}; accepted are {', '.join(FORMATS)}")
+    if name == "ogg" and source.subtype == "OPUS":
+        name = "opus"
+    encoding = {
+        "wav": Encoding("WAV", _wav_subtype(source.subtype)),
+        "flac": Encoding("FLAC", _flac_subtype(source.subtype)),
+        "ogg": Encoding("OGG", "VORBIS"),
+        "opus": Encoding("OGG", "OPUS"),
+    }[name]
+    if name == "opus" and source.sample_rate not in OPUS_RATES:
+        raise ParameterError(
+            f"Opus cannot hold {source.sample_rate} Hz, only {', '.join(map(str, OPUS_RATES))} Hz; "
+            "choose wav, flac or ogg (Vorbis)"
+        )
+    if source.channels > MAX_CHANNELS.get(encoding.container, source.channels):
+        raise ParameterError(
+            f"{encoding.container} holds at most {MAX_CHANNELS[encoding.container]} channels, "
+            f"the audio has {source.channels}; choose wav"
+        )
+    return encoding
+
+
+def _wav_subtype(subtype: str) -> str:
+    if subtype == "PCM_S8":
+        return "PCM_U8"
+    kept = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
+    return subtype if subtype in kept else "PCM_16"
+
+
+def _flac_subtype(subtype: str) -> str:
+    finest = ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
+    return "PCM_S8" if PCM_BITS.get(subtype) == 8 else "PCM_24" if subtype in finest else "PCM_16"
+
+
+def _bytes(subtype: str) -> int:
+    """Bytes of a sample, at most."""
+    return {"FLOAT": 4, "DOUBLE": 8}.get(subtype, PCM_BITS.get(subtype, 8) // 8)
+
+
+def _encodable(samples: np.ndarray, subtype: str) -> tuple[np.ndarray, int]:
+    """What libsndfile is given, and how many samples were saturated.
+
+    PCM is rounded here, because libsndfile rounds down where it clips; it takes the high bits of int32.
+    """
+    if subtype in ("FLOAT", "DOUBLE"):
+        return samples, 0
+    if subtype not in PCM_BITS:
+        return np.clip(samples, -1, 1), int(np.count_nonzero(np.abs(samples) > 1))
+    bits = PCM_BITS[subtype]
+    full_scale = 1 << (bits - 1)
+    steps = np.rint(samples.astype(np.float64) * full_scale)
+    saturated = np.clip(steps, -full_scale, full_scale - 1)
+    return saturated.astype(np.int32) << (32 - bits), int(np.count_nonzero(steps != saturated))
+
+
+def _check_start(file: BinaryIO) -> None:
+    """Refuse what is empty or does not begin like an accepted format."""
+    file.seek(0)
+    start = file.read(12)
+    if not start:
+        raise AudioError("the file is empty")
+    is_wav = start[:4] in (b"RIFF", b"RF64") and start[8:12] == b"WAVE"
+    # An MPEG frame: eleven set bits, then a version and a layer that is not the reserved 0 (AAC has that).
+    is_mpeg = len(start) > 1 and start[0] == 0xFF and start[1] & 0xE0 == 0xE0 and start[1] & 0x06 != 0
+    if not (is_wav or is_mpeg or start[:4] in (b"fLaC", b"OggS") or start[:3] == b"ID3"):
+        raise UnsupportedAudioError(f"the file is not audio that is accepted here: {ACCEPTED}")
+
+
+def _check_end(file: BinaryIO) -> None:
+    """Refuse a WAV with less data than its header promises and an Ogg whose last page is missing.
+
+    libsndfile reads such files as if they were shorter. FLAC and MP3 show while they are read.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(4)
+    if start in (b"RIFF", b"RF64"):
+        promised, present = _wav_data(file, size)
+        if present < promised:
+            raise AudioError(
+                f"the file is truncated: its header promises {promised} bytes of audio, it holds {present}"
+            )
+    if start == b"OggS":
+        file.seek(max(0, size - 65_307))  # The longest page.
+        if not _ends_ogg(file.read()):
+            raise AudioError("the file is truncated: its last Ogg page is missing or incomplete")
+
+
+def _wav_data(file: BinaryIO, size: int) -> tuple[int, int]:
+    """Bytes of audio that a WAV or RF64 header promises (0: it does not say), and those present."""
+    file.seek(12)
+    long_size = 0
+    for _ in range(MAX_CHUNKS):
+        if len(header := file.read(8)) < 8:
+            break
+        name, length = struct.unpack("<4sI", header)
+        if name == b"data":
+            return length if length < UNKNOWN_LENGTH else long_size, size - file.tell()
+        if name == b"ds64":
+            long_size = struct.unpack("<8xQ", file.read(16).ljust(16, b"\0"))[0]
+            length -= 16
+        file.seek(length + length % 2, os.SEEK_CUR)
+    raise AudioError("the file is truncated: it ends before its audio begins")
+
+
+def _ends_ogg(tail: bytes) -> bool:
+    """Whether the last page is whole and marked as the end of its stream (RFC 3533, section 6)."""
+    page = tail[tail.rfind(b"OggS") :]
+    if len(page) < 27 or not page[5] & 4:
+        return False
+    lengths = page[27 : 27 + page[26]]
+    return len(page) >= 27 + page[26] + sum(lengths)
