@@ -1,0 +1,127 @@
+"""Every way a request can fail, and the one table that says how each is answered."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from percepnet.errors import AudioError, ParameterError, UnsupportedAudioError
+
+
+class ServiceError(Exception):
+    """Base of the failures that only a service knows; the message is for the caller."""
+
+
+class MediaTypeError(ServiceError):
+    """The request's body is of a kind that is never audio."""
+
+
+class BodyError(ServiceError):
+    """The request's body is empty, incomplete, or not the multipart form it says it is."""
+
+
+class TooLargeError(ServiceError):
+    """The upload, the recording or the result is beyond a limit of this deployment."""
+
+
+class UploadTimeoutError(ServiceError):
+    """The caller stopped sending in the middle of the upload."""
+
+
+class BusyError(ServiceError):
+    """No room for another request now."""
+
+    retry_after_seconds = 5
+
+
+class ClientGoneError(ServiceError):
+    """The caller hung up: nobody reads the answer, but the log and the metrics name what happened."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a failure is told to the caller."""
+
+    code: str
+    """Stable name for programs."""
+    http_status: int
+    grpc_code: str
+    """A name of `grpc.StatusCode`."""
+    meaning: str
+
+
+ANSWERS: dict[type[Exception], Answer] = {
+    AudioError: Answer(
+        "unusable_audio", 400, "INVALID_ARGUMENT", "The audio is empty, truncated, damaged or out of range."
+    ),
+    BodyError: Answer("bad_body", 400, "INVALID_ARGUMENT", "The body is empty, incomplete or malformed."),
+    UploadTimeoutError: Answer("upload_timeout", 408, "DEADLINE_EXCEEDED", "The upload stopped midway."),
+    TooLargeError: Answer(
+        "too_large",
+        413,
+        "RESOURCE_EXHAUSTED",
+        "The upload, its duration or its channel count exceeds a limit.",
+    ),
+    MediaTypeError: Answer(
+        "unsupported_media_type", 415, "INVALID_ARGUMENT", "The body's content type is never audio."
+    ),
+    UnsupportedAudioError: Answer(
+        "not_audio", 415, "INVALID_ARGUMENT", "The file is not audio, or of no accepted format."
+    ),
+    ParameterError: Answer(
+        "bad_parameter", 422, "INVALID_ARGUMENT", "A parameter is unknown, given twice or out of range."
+    ),
+    ClientGoneError: Answer("client_gone", 499, "CANCELLED", "The caller hung up."),
+    BusyError: Answer("busy", 503, "RESOURCE_EXHAUSTED", "Too many files are being worked on; try again."),
+    Exception: Answer("internal", 500, "INTERNAL", "The service failed; the fault is not the caller's."),
+}
+"""Looked up by the exception's class, then by its bases, nearest first."""
+
+PROBLEM_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "description": "A problem as RFC 9457 defines it.",
+    "required": ["title", "status", "detail", "code"],
+    "properties": {
+        "title": {"type": "string", "description": "The HTTP status in words."},
+        "status": {"type": "integer", "description": "The HTTP status."},
+        "detail": {"type": "string", "description": "What came and what is accepted, for people."},
+        "code": {"type": "string", "description": "What went wrong, for programs."},
+    },
+}
+
+
+def answer_for(error: Exception) -> Answer:
+    """The row of the table that fits an exception best."""
+    return next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
+
+
+def problem(error: Exception) -> JSONResponse:
+    """The answer to a failed request: a problem document (RFC 9457) with a stable `code`.
+
+    An undeclared exception tells the caller nothing about the service's inside.
+    """
+    answer = answer_for(error)
+    headers = {"Retry-After": str(error.retry_after_seconds)} if isinstance(error, BusyError) else {}
+    detail = answer.meaning if answer.code == "internal" else str(error)
+    return problem_response(answer.http_status, answer.code, detail, headers)
+
+
+def problem_response(status: int, code: str, detail: str, headers: dict[str, str]) -> JSONResponse:
+    """A problem document with the status' own words as its title."""
+    title = HTTPStatus(status).phrase if status != 499 else "Client Closed Request"
+    document = {"title": title, "status": status, "detail": detail, "code": code}
+    return JSONResponse(document, status, headers, media_type="application/problem+json")
+
+
+def documented_problems(kinds: Iterable[type[Exception]]) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` for the failures an operation declares, joined by status."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for answer in (ANSWERS[kind] for kind in kinds):
+        entry = responses.setdefault(
+            answer.http_status,
+            {"description": "", "content": {"application/problem+json": {"schema": PROBLEM_SCHEMA}}},
+        )
+        entry["description"] = f"{entry['description']} `{answer.code}`: {answer.meaning}".strip()
+    return responses

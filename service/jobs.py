@@ -1,0 +1,107 @@
+"""Files being worked on: how many are accepted, and whose turn it is on the CPU.
+
+Every accepted file has a thread, but only `workers` of them run at an instant. After each block of audio a
+file passes its turn to the one that has waited longest, so a short file never waits for a long one to end.
+"""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Self, TypeVar
+
+from service.errors import BusyError, ClientGoneError
+
+Result = TypeVar("Result")
+Checkpoint = Callable[[], None]
+
+
+class Turns:
+    """At most `n` holders at an instant; whoever waits is served in order of arrival."""
+
+    def __init__(self, n: int) -> None:
+        self._lock = threading.Lock()
+        self._free = n
+        self._waiting: deque[threading.Event] = deque()
+
+    def __enter__(self) -> Self:
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return self
+            turn = threading.Event()
+            self._waiting.append(turn)
+        turn.wait()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._free += 1
+
+    def pass_on(self) -> None:
+        """Go to the end of the queue, if there is one."""
+        with self._lock:
+            if not self._waiting:
+                return
+            self._waiting.popleft().set()
+            turn = threading.Event()
+            self._waiting.append(turn)
+        turn.wait()
+
+
+class FileJobs:
+    """Admission and CPU turns of all files of one process."""
+
+    def __init__(self, workers: int, limit: int) -> None:
+        self.limit = limit
+        self.accepted = 0
+        self._turns = Turns(workers)
+        self._threads = ThreadPoolExecutor(limit, thread_name_prefix="file")
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold one of the places, from upload to answer.
+
+        Raises:
+            BusyError: all are taken.
+        """
+        if self.accepted >= self.limit:
+            raise BusyError(f"all {self.limit} places for files are taken")
+        self.accepted += 1
+        try:
+            yield
+        finally:
+            self.accepted -= 1
+
+    async def run(self, work: Callable[[Checkpoint], Result]) -> Result:
+        """Run `work` in a thread of its own; it calls the checkpoint it is given after every block.
+
+        Cancelling the awaiting task ends the work at its next checkpoint, and returns only then.
+        """
+        cancelled = threading.Event()
+
+        def checkpoint() -> None:
+            self._turns.pass_on()
+            if cancelled.is_set():
+                raise ClientGoneError("nobody waits for this file any more")
+
+        def in_turn() -> Result:
+            with self._turns:
+                return work(checkpoint)
+
+        job = asyncio.get_running_loop().run_in_executor(self._threads, in_turn)
+        try:
+            return await asyncio.shield(job)
+        except asyncio.CancelledError:
+            cancelled.set()
+            await asyncio.gather(job, return_exceptions=True)
+            raise
+
+    def close(self) -> None:
+        """Let go of the threads; all work has ended."""
+        self._threads.shutdown()

@@ -1,0 +1,81 @@
+"""What the service tells Prometheus, in base units."""
+
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+
+from percepnet.model import Model
+
+# A short file takes a tenth of a second, an hour of stereo some minutes.
+_DURATION_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+# From a probe's answer to an hour of studio audio.
+_SIZE_BYTES = tuple(4.0**power for power in range(5, 16))
+
+
+class Metrics:
+    """All metrics of one service, in a registry of their own."""
+
+    def __init__(self, model: Model) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.request_duration = Histogram(
+            "percepnet_http_request_duration_seconds",
+            "From a request's head to the end of its answer.",
+            ("route", "status"),
+            buckets=_DURATION_SECONDS,
+            registry=self.registry,
+        )
+        self.request_size = Histogram(
+            "percepnet_http_request_size_bytes",
+            "Bodies of requests, as far as they were read.",
+            ("route",),
+            buckets=_SIZE_BYTES,
+            registry=self.registry,
+        )
+        self.response_size = Histogram(
+            "percepnet_http_response_size_bytes",
+            "Bodies of answers.",
+            ("route",),
+            buckets=_SIZE_BYTES,
+            registry=self.registry,
+        )
+        self.errors = Counter(
+            "percepnet_http_errors",
+            "Requests that failed, by the code of their problem.",
+            ("code",),
+            registry=self.registry,
+        )
+        self.file_audio = Counter(
+            "percepnet_file_audio_seconds",
+            "Audio enhanced in whole files: duration times channels.",
+            registry=self.registry,
+        )
+        self.file_cpu = Counter(
+            "percepnet_file_cpu_seconds",
+            "CPU time spent on files, from decoding to encoding.",
+            registry=self.registry,
+        )
+        self.files_accepted = Gauge(
+            "percepnet_files_accepted",
+            "Files between upload and answer.",
+            registry=self.registry,
+        )
+        self.files_capacity = Gauge(
+            "percepnet_files_capacity",
+            "Files that may be between upload and answer at once.",
+            registry=self.registry,
+        )
+        build = Gauge(
+            "percepnet_build_info",
+            "What runs here.",
+            ("version", "model", "model_version", "precision"),
+            registry=self.registry,
+        )
+        manifest = model.manifest
+        build.labels(version("percepnet"), manifest.name, manifest.version, model.precision).set(1)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition and its content type, in the text format that `accept` asks for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type

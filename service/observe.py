@@ -1,0 +1,73 @@
+"""Around every request: failures become declared problems, and each leaves one log line and its metrics."""
+
+import logging
+import time
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import answer_for, problem
+from service.logs import logger
+from service.metrics import Metrics
+
+# Asked every few seconds by machines; a line each would bury the others.
+_QUIET = {"/healthz", "/readyz", "/metrics"}
+
+
+class Observe:
+    """ASGI middleware; an endpoint adds to its log line through `request.state.line`."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        line: dict[str, Any] = {"status": None, "request_bytes": 0, "response_bytes": 0}
+        scope.setdefault("state", {})["line"] = line
+
+        async def counted_receive() -> Message:
+            message = await receive()
+            line["request_bytes"] += len(message.get("body", b""))
+            return message
+
+        async def counted_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                line["status"] = message["status"]
+            line["response_bytes"] += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self.app(scope, counted_receive, counted_send)
+        except Exception as error:
+            answer = answer_for(error)
+            line["error"] = answer.code
+            if answer.http_status == 500:
+                logger.exception("request failed")
+            else:
+                line["detail"] = str(error)
+            if line["status"] is not None:  # too late for another answer: the server cuts the connection
+                raise
+            await problem(error)(scope, receive, counted_send)
+        finally:
+            self._record(scope, line, time.perf_counter() - started)
+
+    def _record(self, scope: Scope, line: dict[str, Any], seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self.metrics.request_duration.labels(route, line["status"]).observe(seconds)
+        self.metrics.request_size.labels(route).observe(line["request_bytes"])
+        self.metrics.response_size.labels(route).observe(line["response_bytes"])
+        if "error" in line:
+            self.metrics.errors.labels(line["error"]).inc()
+        level = logging.DEBUG if route in _QUIET else logging.INFO
+        fields = {
+            "method": scope["method"],
+            "path": scope["path"],
+            **line,
+            "duration_seconds": round(seconds, 6),
+        }
+        logger.log(level, "request", extra={"fields": fields})

@@ -1,0 +1,159 @@
+"""What a deployment may choose: `PERCEPNET_*` in the environment, then command-line flags, read here only."""
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+PREFIX = "PERCEPNET_"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class SettingsError(ValueError):
+    """A setting has a value that cannot be meant; the message names it and what is accepted."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens; port 0 lets the system choose a free one."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `HOST:PORT`; an IPv6 host stands in brackets, and an empty host means every interface."""
+        host, colon, port = text.rpartition(":")
+        if not colon or not port.isdecimal() or not 0 <= int(port) <= 65535:
+            raise ValueError("HOST:PORT with a port from 0 to 65535")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            raise ValueError("HOST:PORT with an IPv6 host in brackets")
+        return cls(host or "0.0.0.0", int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def usable_cpus() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _whole(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text) if text.strip().lstrip("+-").isdecimal() else minimum - 1
+        if value < minimum:
+            raise ValueError(f"a whole number from {minimum} up")
+        return value
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError("a finite number of seconds above 0")
+    return value
+
+
+def _log_level(text: str) -> str:
+    if text.lower() not in LOG_LEVELS:
+        raise ValueError(f"one of {', '.join(LOG_LEVELS)}")
+    return text.lower()
+
+
+def _meaning(parse: Callable[[str], Any], meaning: str) -> dict[str, Any]:
+    return {"parse": parse, "meaning": meaning}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every choice of a deployment, checked.
+
+    The field `max_upload_mib` is `PERCEPNET_MAX_UPLOAD_MIB` in the environment and `--max-upload-mib` a flag.
+    """
+
+    http_listen: Address = field(
+        default=Address("0.0.0.0", 8080),
+        metadata=_meaning(Address.parse, "address of the HTTP server, HOST:PORT"),
+    )
+    model: Path | None = field(
+        default=None, metadata=_meaning(Path, "a model.onnx or its folder, in place of the bundled model")
+    )
+    file_workers: int = field(
+        default=usable_cpus(), metadata=_meaning(_whole(1), "files worked on at the same instant")
+    )
+    max_requests: int = field(
+        default=32,
+        metadata=_meaning(_whole(1), "files held at once, from upload to answer; more are told to come back"),
+    )
+    max_upload_mib: int = field(default=512, metadata=_meaning(_whole(1), "largest upload in MiB"))
+    max_result_mib: int = field(default=2048, metadata=_meaning(_whole(1), "largest enhanced file in MiB"))
+    max_duration_seconds: float = field(
+        default=3600.0, metadata=_meaning(_seconds, "longest recording in seconds")
+    )
+    max_channels: int = field(default=8, metadata=_meaning(_whole(1), "most channels of a recording"))
+    transfer_timeout_seconds: float = field(
+        default=30.0,
+        metadata=_meaning(_seconds, "longest wait in seconds for a caller to send or take a piece of a file"),
+    )
+    shutdown_grace_seconds: float = field(
+        default=30.0, metadata=_meaning(_seconds, "time in seconds for held files to finish after SIGTERM")
+    )
+    log_level: str = field(
+        default="info", metadata=_meaning(_log_level, f"least severe lines logged: {', '.join(LOG_LEVELS)}")
+    )
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str], flags: Mapping[str, Any]) -> Self:
+        """Read the environment, then let the flags that were given win; an empty text counts as not given.
+
+        Raises:
+            SettingsError: a value is not accepted.
+        """
+        chosen = {}
+        for setting in fields(cls):
+            variable = PREFIX + setting.name.upper()
+            flag = flags.get(setting.name)
+            name, text = (variable, environ.get(variable)) if flag is None else (_flag(setting.name), flag)
+            if not text:
+                continue
+            try:
+                chosen[setting.name] = setting.metadata["parse"](text)
+            except ValueError as error:
+                raise SettingsError(f"{name}={text!r}: expected {error}") from error
+        return cls(**chosen)
+
+    @property
+    def log_threshold(self) -> int:
+        """The level as `logging` counts it."""
+        return logging.getLevelNamesMapping()[self.log_level.upper()]
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Names in the environment that carry the prefix and set nothing: probably a typing error."""
+    known = {PREFIX + setting.name.upper() for setting in fields(Settings)}
+    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one flag per setting; `Settings.load` checks the values."""
+    for setting in fields(Settings):
+        default = "the bundled one" if setting.default is None else setting.default
+        parser.add_argument(
+            _flag(setting.name),
+            metavar=setting.name.rpartition("_")[2].upper(),
+            help=f"{setting.metadata['meaning']} (default: {default}; {PREFIX}{setting.name.upper()})",
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
