@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 
 from percepnet.constants import HOP, LOOKAHEAD_FRAMES, N_BANDS, N_FEATURES, SAMPLE_RATE
+from percepnet.errors import PercepNetError
 
 FORMAT = "percepnet-1"
 """Name of this layout of model.onnx and model.json; a model of another layout is refused."""
@@ -22,7 +23,10 @@ ASSETS = Path(__file__).parent / "assets"
 ACTIVATION_ZERO = 128
 """The uint8 that stands for an activation of zero."""
 
-STATE_SUFFIX = "_state"
+OVERFLOW_CHECK = "overflow_check"
+"""Output of a quantized model: 255·127 + 255·127, or less where the CPU sums such products in 16 bits."""
+EXACT_SUM = 2 * 255 * 127
+
 _FIXED_SIZES = {
     "sample_rate": SAMPLE_RATE,
     "hop": HOP,
@@ -34,7 +38,7 @@ _FIXED_SIZES = {
 State = dict[str, np.ndarray]
 
 
-class ModelError(Exception):
+class ModelError(PercepNetError):
     """A model file that is missing, damaged, foreign or made for other sizes."""
 
 

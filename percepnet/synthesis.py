@@ -7,6 +7,7 @@ import numpy as np
 from percepnet import postfilter, stft
 from percepnet.analysis import Analysis
 from percepnet.bands import band_energy, to_bins
+from percepnet.errors import ParameterError
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,19 @@ class Controls:
     attenuation_limit_db: noise is lowered by at most this much (≥ 0); None for no limit.
     mix: 0 gives the input (delayed), 1 the enhanced signal.
     postfilter: sharpen the gains; less residual noise.
+    Raises ParameterError for a number out of range.
     """
 
     attenuation_limit_db: float | None = None
     mix: float = 1.0
     postfilter: bool = True
+
+    def __post_init__(self) -> None:
+        limit = self.attenuation_limit_db
+        if limit is not None and not limit >= 0:
+            raise ParameterError(f"an attenuation limit of {limit} dB; accepted are 0 dB and more, or None")
+        if not 0 <= self.mix <= 1:
+            raise ParameterError(f"a mix of {self.mix}; accepted are 0 (input) to 1 (enhanced)")
 
     @property
     def wet(self) -> float:
