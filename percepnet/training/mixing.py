@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import fft, signal
@@ -116,7 +117,7 @@ class Mixer:
         self._rooms = {
             measured: _Groups(self._responses["room"], self._responses["length"], chosen, 0.0)
             for measured in (False, True)
-            if len(self._responses) and (chosen := self._responses["measured"] == measured).any()
+            if self._responses and (chosen := self._responses["measured"] == measured).any()
         }
 
     def mixtures(self, first_index: int, count: int, seconds: float) -> list[Mixture]:
@@ -159,8 +160,9 @@ class Mixer:
             gain = 10 ** (level_db / 20) / max(active_rms(clean), 1e-6)
             speech, clean = speech * np.float32(gain), clean * np.float32(gain)
 
-        noisy, clipped = speech, False
+        noisy: np.ndarray = speech
         noises: tuple[str, ...] = ()
+        clipped = False
         if not pure:
             noise, noises = self._noise_mixture(rng, n, room)
             if "babble" in noises:
@@ -346,8 +348,8 @@ def _speed_filter(speed: int) -> np.ndarray:
 
 def _sped_up(samples: np.ndarray, speed: int) -> np.ndarray:
     """Speed and pitch times speed / _SPEED_STEPS."""
-    window = _speed_filter(speed)
-    return np.asarray(signal.resample_poly(samples, _SPEED_STEPS, speed, window=window), dtype=np.float32)  # type: ignore[call-overload]
+    window: Any = _speed_filter(speed)
+    return np.asarray(signal.resample_poly(samples, _SPEED_STEPS, speed, window=window), dtype=np.float32)
 
 
 def _fade_ends(samples: np.ndarray) -> None:

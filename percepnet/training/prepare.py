@@ -91,7 +91,10 @@ def load_cache(cache: Path, name: str) -> tuple[np.ndarray, Table]:
     if version != FORMAT:
         raise PrepareError(f"{cache} has format {version}, this version reads {FORMAT}: prepare it again")
     dtype, suffix = (np.float32, "f32") if name == "rooms" else (np.int16, "i16")
-    return np.memmap(cache / f"{name}.{suffix}", dtype=dtype, mode="r"), _read_table(cache / f"{name}.csv")
+    table = _read_table(cache / f"{name}.csv")
+    if not table:
+        return np.empty(0, dtype), table
+    return np.memmap(cache / f"{name}.{suffix}", dtype=dtype, mode="r"), table
 
 
 def summary(cache: Path) -> dict[str, Any]:
@@ -102,6 +105,8 @@ def summary(cache: Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, kind in (("speech", "speaker"), ("noise", "category"), ("rooms", "room")):
         _, table = load_cache(cache, name)
+        if not table:
+            continue
         sources = {}
         for source in sorted(set(table["source"])):
             chosen = table["source"] == source
@@ -142,35 +147,28 @@ def active_rms(samples: np.ndarray) -> float:
 
 
 def estimate_bandwidth(samples: np.ndarray, rate: int = SAMPLE_RATE) -> float:
-    """Frequency in Hz above which a recording holds nothing but its own noise floor.
+    """Frequency in Hz above which a recording says nothing about its source.
 
-    The highest frequency whose long-term spectrum lies less than 70 dB below its peak
-    and 10 dB above what the top of the spectrum holds, or the recording's own Nyquist frequency.
+    It is the lowest one (from 3 kHz on) above which the long-term spectrum stays 20 dB below the octave
+    underneath, which no voice or noise falls by unless something cut it off.
 
     Parameters:
         samples: (n,) float at 48 kHz.
-        rate: rate in Hz at which it was recorded.
+        rate: rate in Hz at which it was recorded; half of it is the most that is returned.
     """
     nyquist = min(rate, SAMPLE_RATE) / 2
     if len(samples) < 2048 or not np.any(samples):
         return nyquist
     frequencies, power = signal.welch(samples, SAMPLE_RATE, nperseg=2048)
-    power = signal.medfilt(power, 9)
-    inside = frequencies <= nyquist
-    threshold = max(
-        power[inside].max() * 1e-7, np.median(power[inside & (frequencies > 0.97 * nyquist)]) * 10
-    )
-    above = np.flatnonzero(power[inside] > threshold)
-    highest = frequencies[above[-1]] if above.size else nyquist
-    # Full-band recordings fall off smoothly: only a clear gap below Nyquist counts as a limit.
-    return float(nyquist if highest > 0.8 * nyquist or _is_smooth(power, frequencies, highest) else highest)
-
-
-def _is_smooth(power: np.ndarray, frequencies: np.ndarray, cut: float) -> bool:
-    """Whether the spectrum falls by less than 15 dB within 1 kHz around the cut."""
-    below = np.median(power[(frequencies > cut - 700) & (frequencies <= cut)])
-    above = np.median(power[(frequencies > cut) & (frequencies <= cut + 700)])
-    return bool(above > below * 10**-1.5)
+    level_db = 10 * np.log10(power + power.max() * 1e-12)
+    # The loudest 200 Hz of all that follows, less sensitive to a single tone than its maximum.
+    rest_db = np.maximum.accumulate(signal.medfilt(level_db, 9)[::-1])[::-1]
+    for bin_, frequency in enumerate(frequencies):
+        if 3000 <= frequency < 0.95 * nyquist:
+            below = np.median(level_db[bin_ // 2 : bin_ + 1])
+            if rest_db[bin_] < below - 20:
+                return float(frequency)
+    return nyquist
 
 
 def _read_sources(paths: Sequence[Path], kind: str) -> list[dict[str, str]]:
@@ -323,7 +321,7 @@ def _write_rooms(cache: Path, rows: list[dict[str, str]], simulated: int, seed: 
                     rt60_s=f"{room.rt60_s:.3f}",
                     distance_m=f"{distance:.2f}",
                 )
-    _write_table(cache / "rooms.csv", table, empty=("room", "length", "offset", "split"))
+    _write_table(cache / "rooms.csv", table)
 
 
 def _aligned(response: np.ndarray) -> np.ndarray:
@@ -352,15 +350,15 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(digest[:4], "big") < VALID_SHARE * 2**32
 
 
-def _write_table(path: Path, rows: list[dict[str, Any]], empty: Sequence[str] = ()) -> None:
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]) if rows else list(empty), lineterminator="\n")
+        writer = csv.DictWriter(stream, list(rows[0]) if rows else ["offset"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def _read_table(path: Path) -> Table:
-    """Columns of a CSV; a column is numeric where every value is a number (empty: NaN)."""
+    """Columns of a table, numbers where they are numbers (empty: NaN); nothing for one without rows."""
     with path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     integers = {"offset", "length", "measured"}
