@@ -48,7 +48,7 @@ def random_weights(
     return weights
 
 
-def export_random_model(directory: Path, **sizes: int) -> Path:
+def export_random_model(directory: Path, *, quantized: bool = True, **sizes: int) -> Path:
     """Export a model of random weights of the given sizes; returns the path of model.onnx."""
     pytest.importorskip("onnx")
     from percepnet.training.export import export
@@ -61,6 +61,7 @@ def export_random_model(directory: Path, **sizes: int) -> Path:
         feature_mean=np.zeros(N_FEATURES, np.float32),
         feature_scale=np.ones(N_FEATURES, np.float32),
         license="Apache-2.0",
+        quantized=quantized,
     )
 
 

@@ -15,11 +15,16 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from percepnet.constants import HOP, LOOKAHEAD_FRAMES, N_BANDS, N_FEATURES, SAMPLE_RATE
-from percepnet.model import ACTIVATION_ZERO, FORMAT, MANIFEST_FILE, MODEL_FILE
+from percepnet.model import ACTIVATION_ZERO, FORMAT, FP32, INT8, MANIFEST_FILE, MODEL_FILE, OVERFLOW_CHECK
 
 Weights = Mapping[str, np.ndarray]
 
 OPSET = 17
+IR_VERSION = 8
+"""Old enough for every onnxruntime that the package accepts."""
+
+END = 2**31
+"""Slice up to the last frame."""
 
 ACTIVATION_SCALE = 1 / 127
 """Step of a uint8 activation: tanh outputs and GRU states lie in [-1, 1] by construction."""
@@ -45,209 +50,195 @@ def quantize_matrix(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(matrix / scale).astype(np.int8), scale
 
 
-class _Constants:
-    """The main graph's named constants; branches and loop bodies refer to them by name."""
+class _Graph:
+    """A graph or loop body under construction: its nodes and constants, added one operator at a time."""
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, TensorProto] = {}
+    def __init__(self, name: str, *, quantized: bool) -> None:
+        self.name = name
+        self.quantized = quantized
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, TensorProto] = {}
 
-    def add(self, name: str, value: np.ndarray) -> str:
-        if name not in self.tensors:
-            self.tensors[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+    def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: object) -> str:
+        """Append an operator with one output; returns the output's name."""
+        output = output or self.fresh(kind)
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def fresh(self, kind: str) -> str:
+        """A name for the output of the next node."""
+        return f"{self.name}/{len(self.nodes)}_{kind}"
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        name = f"{self.name}/{name}"
+        self.constants[name] = numpy_helper.from_array(value, name)
         return name
 
-    def floats(self, name: str, value: np.ndarray | float) -> str:
-        return self.add(name, np.asarray(value, np.float32))
-
     def ints(self, *values: int) -> str:
-        return self.add("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
+        return self.constant("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
 
-
-class _Graph:
-    """Nodes of one graph, branch or loop body, added one operator at a time."""
-
-    def __init__(self, name: str, weights: Weights, constants: _Constants, quantized: bool) -> None:
-        self.name, self.weights, self.constants, self.quantized = name, weights, constants, quantized
-        self.nodes: list[onnx.NodeProto] = []
-
-    def op(
-        self, kind: str, *inputs: str, output: str | None = None, domain: str = "", **attributes: object
-    ) -> str:
-        """Append an operator; returns the name of its (only) output."""
-        return self.ops(
-            kind,
-            *inputs,
-            outputs=[output or f"{self.name}/{kind}_{len(self.nodes)}"],
-            domain=domain,
-            **attributes,
-        )[0]
-
-    def ops(
-        self, kind: str, *inputs: str, outputs: Sequence[str], domain: str = "", **attributes: object
-    ) -> Sequence[str]:
-        self.nodes.append(helper.make_node(kind, inputs, outputs, domain=domain, **attributes))
-        return outputs
-
-    def split(self, x: str, sizes: Sequence[int]) -> Sequence[str]:
-        """Cut the last axis into consecutive pieces."""
-        outputs = [f"{self.name}/Split_{len(self.nodes)}_{i}" for i in range(len(sizes))]
-        return self.ops("Split", x, self.constants.ints(*sizes), outputs=outputs, axis=-1)
-
-    def activation(self, x: str, output: str | None = None) -> str:
-        """Values in [-1, 1] as matrix products take them."""
-        if not self.quantized:
-            return x if output is None else self.op("Identity", x, output=output)
-        return self.quantize(x, ACTIVATION_SCALE, output)
+    def quantization(self, scale: float) -> tuple[str, str]:
+        """Scale and zero point of a uint8 tensor."""
+        return (
+            self.constant(f"scale_{scale:.9g}", np.array(scale, np.float32)),
+            self.constant("zero", np.array(ACTIVATION_ZERO, np.uint8)),
+        )
 
     def quantize(self, x: str, scale: float, output: str | None = None) -> str:
         return self.op("QuantizeLinear", x, *self.quantization(scale), output=output)
 
-    def quantization(self, scale: float) -> tuple[str, str]:
-        zero = self.constants.add("activation_zero", np.array(ACTIVATION_ZERO, np.uint8))
-        return self.constants.floats(f"scale_{scale:.9g}", scale), zero
+    def activation(self, x: str, output: str | None = None) -> str:
+        """Values in [-1, 1] as matrix products take them."""
+        if self.quantized:
+            return self.quantize(x, ACTIVATION_SCALE, output)
+        return self.op("Identity", x, output=output)
+
+    def frames(self, x: str, start: int, stop: int = END, output: str | None = None) -> str:
+        """x[:, start:stop] of x (streams, frames, …)."""
+        return self.op("Slice", x, self.ints(start), self.ints(stop), self.ints(1), output=output)
 
     def dense(
-        self, x: str, name: str, matrix: np.ndarray, bias: np.ndarray | None, scale: float = ACTIVATION_SCALE
+        self,
+        x: str,
+        name: str,
+        matrix: np.ndarray,
+        bias: np.ndarray | None = None,
+        scale: float = ACTIVATION_SCALE,
     ) -> str:
-        """x (…, inputs) times matrix (inputs, outputs) plus bias, in float32."""
-        constants = self.constants
-        offset = [] if bias is None else [constants.floats(f"{name}.bias", bias)]
+        """x (…, inputs) times matrix (inputs, outputs) plus bias, in float32; scale: the step of x."""
+        offset = () if bias is None else (self.constant(f"{name}.bias", bias),)
         if not self.quantized:
-            product = self.op("MatMul", x, constants.floats(f"{name}.weight", matrix))
+            product = self.op("MatMul", x, self.constant(f"{name}.weight", matrix))
             return self.op("Add", product, *offset) if offset else product
-        integers, scales = quantize_matrix(matrix)
+        integers, weight_scales = quantize_matrix(matrix)
+        weight = self.constant(f"{name}.weight", integers)
+        weight_scale = self.constant(f"{name}.scale", weight_scales)
         x_scale, x_zero = self.quantization(scale)
         return self.op(
-            "MatMulIntegerToFloat", x, constants.add(f"{name}.weight", integers),
-            x_scale, constants.floats(f"{name}.scale", scales), x_zero, "", *offset, domain="com.microsoft",
-        )  # fmt: skip
-
-    def fc_in(self, features: str) -> str:
-        """tanh of the input layer, from float features at 16-bit precision."""
-        matrix, bias = self.weights["fc_in.weight"].T, self.weights["fc_in.bias"]
-        if not self.quantized:
-            return self.op("Tanh", self.dense(features, "fc_in", matrix, bias))
-        step = INPUT_RANGE / 127
-        coarse = self.quantize(features, step)
-        error = self.op("Sub", features, self.op("DequantizeLinear", coarse, *self.quantization(step)))
-        fine = self.quantize(error, step / FINE_STEPS)
-        product = self.op(
-            "Add",
-            self.dense(coarse, "fc_in", matrix, bias, step),
-            self.dense(fine, "fc_in", matrix, None, step / FINE_STEPS),
+            "MatMulIntegerToFloat",
+            x,
+            weight,
+            x_scale,
+            weight_scale,
+            x_zero,
+            "",
+            *offset,
+            domain="com.microsoft",
         )
-        return self.op("Tanh", product)
 
-    def convolve(self, x: str, name: str) -> str:
-        """tanh of a causal convolution over frames of x (streams, frames, channels); updates its history."""
-        constants = self.constants
-        kernel = self.weights[f"{name}.weight"]  # (outputs, channels, taps)
-        taps = kernel.shape[2]
-        matrix = kernel.transpose(2, 1, 0).reshape(-1, len(kernel))
-        frames = self.op("Concat", f"{name}_state", x, axis=1)
-        self.op(
-            "Slice",
-            frames,
-            constants.ints(1 - taps),
-            constants.ints(2**31),
-            constants.ints(1),
-            output=f"{self.name}/{name}_next",
-        )
-        shifted = [
-            self.op(
-                "Slice",
-                frames,
-                constants.ints(tap),
-                constants.ints(tap - taps + 1 or 2**31),
-                constants.ints(1),
-            )
-            for tap in range(taps)
-        ]
-        window = self.op("Concat", *shifted, axis=2)
-        return self.op("Tanh", self.dense(window, name, matrix, self.weights[f"{name}.bias"]))
+    def graph(
+        self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]
+    ) -> onnx.GraphProto:
+        return helper.make_graph(self.nodes, self.name, inputs, outputs, list(self.constants.values()))
 
-    def input_gates(self, x: str, name: str) -> str:
-        """What the input adds to a GRU's gates, (…, 3 · hidden) in the order r, z, n."""
-        bias = self.weights[f"{name}.bias_ih"].copy()
-        summed = len(bias) // 3 * 2
-        bias[:summed] += self.weights[f"{name}.bias_hh"][:summed]
-        return self.dense(x, f"{name}.ih", self.weights[f"{name}.weight_ih"].T, bias)
 
-    def cell(self, gates: str, hidden: str, name: str, output: str) -> str:
-        """One frame of a GRU: h' = n + z·(h - n), n = tanh(W x + r·(U h + b))."""
-        bias = self.weights[f"{name}.bias_hh"].copy()
-        size = len(bias) // 3
-        bias[: 2 * size] = 0
-        recurrent = self.dense(
-            self.activation(hidden), f"{name}.hh", self.weights[f"{name}.weight_hh"].T, bias
-        )
-        x_rz, x_n = self.split(gates, [2 * size, size])
-        h_rz, h_n = self.split(recurrent, [2 * size, size])
-        reset, update = self.split(self.op("Sigmoid", self.op("Add", x_rz, h_rz)), [size, size])
-        candidate = self.op("Tanh", self.op("Add", x_n, self.op("Mul", reset, h_n)))
-        change = self.op("Mul", update, self.op("Sub", hidden, candidate))
-        return self.op("Add", candidate, change, output=output)
+def _input_layer(graph: _Graph, weights: Weights, features: str) -> str:
+    """tanh of the first layer; it takes float features, as two uint8 each when quantized."""
+    matrix, bias = weights["fc_in.weight"].T, weights["fc_in.bias"]
+    if not graph.quantized:
+        return graph.op("Tanh", graph.dense(features, "fc_in", matrix, bias))
+    step, fine_step = INPUT_RANGE / 127, INPUT_RANGE / 127 / FINE_STEPS
+    coarse = graph.quantize(features, step)
+    rest = graph.op("Sub", features, graph.op("DequantizeLinear", coarse, *graph.quantization(step)))
+    fine = graph.quantize(rest, fine_step)
+    # The matrix is stored twice (9 kB): onnxruntime's uint8 rewrite refuses weights that two operators share.
+    sum_coarse = graph.dense(coarse, "fc_in", matrix, bias, step)
+    sum_fine = graph.dense(fine, "fc_in_fine", matrix, None, fine_step)
+    return graph.op("Tanh", graph.op("Add", sum_coarse, sum_fine))
 
-    def recur(self, x: str, name: str) -> str:
-        """A GRU over all frames of x (frames, streams, inputs); returns its states, as activations."""
-        gates = self.input_gates(x, name)
-        body = _Graph(f"{self.name}/{name}", self.weights, self.constants, self.quantized)
-        inputs = [f"{body.name}/hidden", f"{body.name}/gates"]
-        outputs = [f"{body.name}/next", f"{body.name}/frame"]
-        body.cell(inputs[1], inputs[0], name, outputs[0])
-        body.op("Identity", outputs[0], output=outputs[1])
-        scan = body.proto(inputs, outputs)
-        _, states = self.ops(
-            "Scan", f"{name}_state", gates,
-            outputs=[f"{self.name}/{name}_next", f"{self.name}/{name}_states"], body=scan, num_scan_inputs=1,
-        )  # fmt: skip
-        return self.activation(states)
 
-    def proto(self, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.GraphProto:
-        def infos(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
-            return [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+def _convolution(graph: _Graph, weights: Weights, name: str, x: str) -> str:
+    """tanh of a causal convolution over the frames of x (streams, frames, channels)."""
+    kernel, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+    outputs, _, taps = kernel.shape
+    past_and_x = graph.op("Concat", f"{name}_state", x, axis=1)
+    graph.frames(past_and_x, 1 - taps, output=f"next_{name}_state")
+    reach = [graph.frames(past_and_x, tap, tap - taps + 1 or END) for tap in range(taps)]
+    matrix = kernel.transpose(2, 1, 0).reshape(-1, outputs)
+    return graph.op("Tanh", graph.dense(graph.op("Concat", *reach, axis=2), name, matrix, bias))
 
-        return helper.make_graph(self.nodes, self.name, infos(inputs), infos(outputs))
+
+def _recurrence(graph: _Graph, weights: Weights, name: str, x: str) -> str:
+    """A GRU over x (frames, streams, inputs); returns its states, as activations (frames, streams, hidden).
+
+    r, z = sigmoid(W x + U h + b), n = tanh(W x + b + r·(U h + b)), h' = n + z·(h - n), as in PyTorch. The
+    input's part W x + b is one product for all frames; a loop over frames does the rest.
+    """
+    w, u = weights[f"{name}.weight_ih"].T, weights[f"{name}.weight_hh"].T
+    w_bias, u_bias = weights[f"{name}.bias_ih"], weights[f"{name}.bias_hh"]
+    rz, n = slice(0, 2 * len(u)), slice(2 * len(u), None)
+    x_rz = graph.dense(x, f"{name}.x_rz", w[:, rz], w_bias[rz] + u_bias[rz])
+    x_n = graph.dense(x, f"{name}.x_n", w[:, n], w_bias[n])
+
+    body = _Graph(name, quantized=graph.quantized)
+    old = body.activation("h")
+    gates = body.op("Sigmoid", body.op("Add", "frame_rz", body.dense(old, "h_rz", u[:, rz])))
+    reset, update = f"{name}/reset", f"{name}/update"
+    body.nodes.append(helper.make_node("Split", [gates], [reset, update], axis=-1))
+    recurrent = body.op("Mul", reset, body.dense(old, "h_n", u[:, n], u_bias[n]))
+    candidate = body.op("Tanh", body.op("Add", "frame_n", recurrent))
+    change = body.op("Mul", update, body.op("Sub", "h", candidate))
+    body.activation(body.op("Add", candidate, change, output="next_h"), output="frame_out")
+
+    inputs = [_tensor("h"), _tensor("frame_rz"), _tensor("frame_n")]
+    outputs = [_tensor("next_h"), _tensor("frame_out", graph.quantized)]
+    states = graph.fresh("Scan")
+    loop = helper.make_node(
+        "Scan",
+        [f"{name}_state", x_rz, x_n],
+        [f"next_{name}_state", states],
+        body=body.graph(inputs, outputs),
+        num_scan_inputs=2,
+    )
+    graph.nodes.append(loop)
+    return states
+
+
+def _tensor(
+    name: str, is_uint8: bool = False, shape: Sequence[int | str] | None = None
+) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.UINT8 if is_uint8 else TensorProto.FLOAT, shape)
 
 
 def build(weights: Weights, *, quantized: bool = True) -> onnx.ModelProto:
-    """The step graph of a network: features and state in, gains, strengths and the next state out.
+    """The step graph of a network: features and state in; gains, strengths and the next state out.
 
-    weights: PercepNet parameters by their PyTorch names; quantized: int8 matrices, or float32 for comparison.
+    weights: PercepNet parameters by their PyTorch names, float arrays; the network's sizes are theirs.
+    quantized: int8 matrices; False gives float32 ones.
     """
     weights = {name: np.asarray(value, np.float32) for name, value in weights.items()}
-    constants = _Constants()
-    graph = _Graph("block", weights, constants, quantized)
-    x = graph.activation(graph.fc_in("features"))
+    graph = _Graph("percepnet", quantized=quantized)
+    x = graph.activation(_input_layer(graph, weights, "features"))
     for name in CONVOLUTIONS:
-        x = graph.activation(graph.convolve(x, name))
-    x = graph.op("Transpose", x, perm=[1, 0, 2])
+        x = graph.activation(_convolution(graph, weights, name, x))
+    x = graph.op("Transpose", x, perm=[1, 0, 2])  # frames first, for the loops
     for name in STACKED_GRUS:
-        x = graph.recur(x, name)
+        x = _recurrence(graph, weights, name, x)
     for output, (gru, dense) in HEADS.items():
-        logits = graph.dense(
-            graph.recur(x, gru), dense, weights[f"{dense}.weight"].T, weights[f"{dense}.bias"]
-        )
+        states = _recurrence(graph, weights, gru, x)
+        logits = graph.dense(states, dense, weights[f"{dense}.weight"].T, weights[f"{dense}.bias"])
         graph.op("Transpose", graph.op("Sigmoid", logits), perm=[1, 0, 2], output=output)
 
-    states = state_shapes(weights)
-    history = TensorProto.UINT8 if quantized else TensorProto.FLOAT
-    kinds = {name: history if len(shape) == 2 else TensorProto.FLOAT for name, shape in states.items()}
-    for name in states:
-        graph.op("Identity", f"block/{name.removesuffix('_state')}_next", output=f"next_{name}")
-    inputs = [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["streams", "frames", N_FEATURES])]
-    outputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["streams", "frames", N_BANDS])
-        for name in HEADS
-    ]
-    for name, shape in states.items():
-        inputs.append(helper.make_tensor_value_info(name, kinds[name], ["streams", *shape]))
-        outputs.append(helper.make_tensor_value_info(f"next_{name}", kinds[name], ["streams", *shape]))
-    proto = helper.make_graph(
-        graph.nodes, "percepnet", inputs, outputs, initializer=list(constants.tensors.values())
-    )
+    inputs = [_tensor("features", shape=["streams", "frames", N_FEATURES])]
+    outputs = [_tensor(name, shape=["streams", "frames", N_BANDS]) for name in HEADS]
+    for name, shape in state_shapes(weights).items():
+        is_uint8 = quantized and name.removesuffix("_state") in CONVOLUTIONS
+        inputs.append(_tensor(name, is_uint8, ["streams", *shape]))
+        outputs.append(_tensor(f"next_{name}", is_uint8, ["streams", *shape]))
+    if quantized:
+        _add_overflow_check(graph, outputs)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(proto, opset_imports=opsets, ir_version=8, producer_name="percepnet")
+    return helper.make_model(
+        graph.graph(inputs, outputs), opset_imports=opsets, ir_version=IR_VERSION, producer_name="percepnet"
+    )
+
+
+def _add_overflow_check(graph: _Graph, outputs: list[onnx.ValueInfoProto]) -> None:
+    """Add an output that tells whether the CPU's integer products are exact; folded when the model loads."""
+    extremes = np.array([[255, 255]], np.uint8), np.array([[127], [127]], np.int8)
+    factors = (graph.constant(f"overflow_{i}", value) for i, value in enumerate(extremes))
+    graph.op("MatMulInteger", *factors, output=OVERFLOW_CHECK)
+    outputs.append(helper.make_tensor_value_info(OVERFLOW_CHECK, TensorProto.INT32, [1, 1]))
 
 
 def state_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
@@ -295,7 +286,7 @@ def export(
         "n_features": N_FEATURES,
         "lookahead_frames": LOOKAHEAD_FRAMES,
         "n_weights": sum(value.size for value in weights.values()),
-        "quantization": "uint8 activations × int8 weights" if quantized else "none",
+        "quantization": INT8 if quantized else FP32,
         "feature_mean": [round(float(value), 6) for value in feature_mean],
         "feature_scale": [round(float(value), 6) for value in feature_scale],
         "training": dict(training or {}),
