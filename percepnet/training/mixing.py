@@ -52,6 +52,7 @@ class MixingConfig:
     switch_share: float = 0.15  # noises that come or go within the segment
     reverb_share: float = 0.35
     simulated_room_share: float = 0.75
+    clarity_min_db: float = -5.0  # early against late energy; below it lies a church's far end
     noise_in_room_share: float = 0.5  # noises heard through the talker's simulated room
     early_ms: float = 30.0  # of the room's response, after the direct sound, that the target keeps
     band_limit_share: float = 0.2
@@ -100,7 +101,9 @@ class Mixer:
         self._noise_samples, noise = load_cache(cache, "noise")
         self._noise = {name: column[noise["split"] == split] for name, column in noise.items()}
         self._response_samples, rooms = load_cache(cache, "rooms")
-        self._responses = {name: column[rooms["split"] == split] for name, column in rooms.items()}
+        if rooms:
+            usable = (rooms["split"] == split) & (rooms["clarity_db"] >= self.config.clarity_min_db)
+        self._responses = {name: column[usable] for name, column in rooms.items()}
 
         wide = self._speech["bandwidth_hz"] >= 16_000
         self._speakers = {

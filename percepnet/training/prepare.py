@@ -26,6 +26,9 @@ FORMAT = 1
 FULL_SCALE = 32_000
 """Each recording's peak in the int16 files, so that quiet sources keep their resolution."""
 
+EARLY = SAMPLE_RATE * 30 // 1000
+"""Samples after the direct sound that count as early, for a response's level and clarity."""
+
 VALID_SHARE = 0.06
 """Share of the speakers, kinds of noise and rooms that is held out for validation."""
 
@@ -282,8 +285,11 @@ def _write_rooms(cache: Path, rows: list[dict[str, str]], simulated: int, seed: 
 
         def add(response: np.ndarray, **columns: Any) -> None:
             nonlocal offset
-            response = response / np.sqrt(np.sum(response[: DIRECT + 1440].astype(np.float64) ** 2))
+            energy = response.astype(np.float64) ** 2
+            early, late = energy[: DIRECT + EARLY].sum(), energy[DIRECT + EARLY :].sum()
+            response = response / np.sqrt(early)
             output.write(response.astype("<f4").tobytes())
+            columns["clarity_db"] = f"{10 * np.log10(early / max(late, 1e-6 * early)):.1f}"
             split = "valid" if is_held_out(columns["room"]) else "train"
             table.append({"offset": offset, "length": len(response), **columns, "split": split})
             offset += len(response)
@@ -362,7 +368,7 @@ def _read_table(path: Path) -> Table:
     with path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     integers = {"offset", "length", "measured"}
-    reals = {"bandwidth_hz", "active_rms", "floor_db", "rt60_s", "distance_m"}
+    reals = {"bandwidth_hz", "active_rms", "floor_db", "rt60_s", "distance_m", "clarity_db"}
     table = {}
     for name in rows[0] if rows else ():
         values = [row[name] for row in rows]

@@ -125,7 +125,9 @@ def test_measured_rooms_are_brought_to_one_delay_and_level(tmp_path: Path, noise
     samples, table = load_cache(tmp_path / "cache", "rooms")
     assert list(table["room"]) == ["hall"]
     assert np.argmax(np.abs(samples)) == DIRECT
-    assert np.sum(samples[: DIRECT + 1440] ** 2) == pytest.approx(1, rel=1e-3)
+    early, late = np.sum(samples[: DIRECT + 1440] ** 2), np.sum(samples[DIRECT + 1440 :] ** 2)
+    assert early == pytest.approx(1, rel=1e-3)
+    assert table["clarity_db"][0] == pytest.approx(10 * np.log10(early / late), abs=0.1)
 
 
 def test_bandwidth_is_where_the_recording_ends() -> None:
