@@ -155,7 +155,7 @@ class Model:
             return cls(manifest, session, "int8")
         # x86 before VNNI adds pairs of uint8 × int8 products in 16 bits, where they saturate. onnxruntime can
         # rewrite the weights to uint8, whose kernels are exact: the same samples, about 2.5 times the CPU.
-        return cls(manifest, _session(data, uint8_weights=True), "int8 as uint8, for this CPU has no VNNI")
+        return cls(manifest, _session(data, uint8_weights=True), "int8 by uint8 kernels (no VNNI)")
 
     def initial_state(self, n_streams: int) -> State:
         """The memory of streams that have heard nothing: named arrays (streams, …), float32 or uint8."""
