@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from percepnet.bands import BIN_HZ, band_centres_hz, band_weights
-from percepnet.training.dataset import N_LOSS_BINS
+from percepnet.bands import BIN_HZ, band_weights
+from percepnet.training.dataset import LOSS_BINS
 
 _TINY = 1e-12
 
@@ -29,13 +29,10 @@ class LossConfig:
 
 
 def _bin_weights() -> Tensor:
-    """Weights of the bins, which give every band about the same say; mean one."""
-    centres = torch.from_numpy(band_centres_hz())
-    spacing = torch.diff(centres)
-    frequency = torch.arange(N_LOSS_BINS) * BIN_HZ
-    band = torch.clamp(torch.searchsorted(centres, frequency, right=True) - 1, 0, len(spacing) - 1)
-    weights = 1 / spacing[band]
-    return (weights / weights.mean()).float()
+    """Weights of the bins, which give every band the same say; mean one."""
+    bands = torch.from_numpy(band_weights()[:, LOSS_BINS])
+    weights = (bands / bands.sum(-1, keepdim=True)).sum(0)
+    return weights / weights.mean()
 
 
 class SpectralLoss(torch.nn.Module):
@@ -44,14 +41,15 @@ class SpectralLoss(torch.nn.Module):
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
         self.config = config
-        bands = torch.from_numpy(band_weights())[:, :N_LOSS_BINS].clone()
+        bands = torch.from_numpy(band_weights()[:, LOSS_BINS])
         self.register_buffer("_bands", bands)
         self.register_buffer("_bin_weights", _bin_weights())
+        self.register_buffer("_frequency_hz", torch.from_numpy(LOSS_BINS * BIN_HZ).float())
 
     def enhance(self, noisy: Tensor, comb: Tensor, gains: Tensor, strengths: Tensor) -> Tensor:
         """The differentiable twin of `percepnet.synthesis.synthesize` up to the spectrum, without postfilter.
 
-        noisy, comb: (…, 401, 2); gains, strengths: (…, 34). Returns the enhanced spectrum (…, 401, 2).
+        noisy, comb: (…, 181, 2); gains, strengths: (…, 34). Returns the enhanced spectrum (…, 181, 2).
         """
         mixed = torch.lerp(noisy, comb, (strengths @ self._bands)[..., None])
         energy = noisy.square().sum(-1) @ self._bands.T
@@ -66,8 +64,7 @@ class SpectralLoss(torch.nn.Module):
         config = self.config
         clean = batch["clean"]
         enhanced = self.enhance(batch["noisy"], batch["comb"], gains, strengths)
-        frequency = torch.arange(N_LOSS_BINS, device=gains.device) * BIN_HZ
-        known = frequency <= batch["bandwidth_hz"][:, None]
+        known = self._frequency_hz <= batch["bandwidth_hz"][:, None]
         weights = (known * self._bin_weights)[:, None]
         weights = weights / (weights.sum() * gains.shape[1])
 

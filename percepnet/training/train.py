@@ -38,6 +38,8 @@ class TrainConfig:
     """The learning rate falls along a cosine to this share of its peak."""
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    muon_iterations: int = 3
+    """Newton-Schulz iterations of the Muon optimizer, which trains the recurrent layers; 0 for AdamW alone."""
     average_decay: float = 0.998
     """Decay per step of the averaged weights, which are what is exported."""
     seed: int = 1
@@ -67,7 +69,7 @@ class Checkpoint:
     step: int
     network: dict[str, Tensor]
     average: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizers: list[dict[str, Any]]
     feature_mean: Tensor
     feature_scale: Tensor
     config: str
@@ -106,6 +108,26 @@ def grow(small: dict[str, Tensor], network: PercepNet) -> None:
                     parameter[new, : source.shape[1]] = source[old]
 
 
+def _optimizers(network: PercepNet, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the recurrent layers' matrices, AdamW for everything else."""
+    named = list(network.named_parameters())
+    recurrent = [p for name, p in named if name.startswith("gru") and p.ndim == 2]
+    others = [p for name, p in named if not (name.startswith("gru") and p.ndim == 2)]
+    decay = config.weight_decay
+    if config.muon_iterations == 0:
+        return [torch.optim.AdamW(network.parameters(), lr=config.learning_rate, betas=(0.9, 0.98))]
+    return [
+        torch.optim.Muon(
+            recurrent,
+            lr=config.learning_rate,
+            weight_decay=decay,
+            ns_steps=config.muon_iterations,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=decay),
+    ]
+
+
 class Trainer:
     """A run in a folder: builds, resumes, trains and saves."""
 
@@ -128,16 +150,7 @@ class Trainer:
         self.network = PercepNet(config.network).to(self.device)
         self.loss = SpectralLoss(config.loss).to(self.device)
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-        matrices = [p for p in self.network.parameters() if p.ndim > 1]
-        vectors = [p for p in self.network.parameters() if p.ndim == 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(0.9, 0.98),
-        )
+        self.optimizers = _optimizers(self.network, config)
         self.step = 0
         path = directory / CHECKPOINT
         if path.exists():
@@ -155,7 +168,8 @@ class Trainer:
             raise ValueError(f"{self.directory} holds a run with another config; choose another folder")
         self.network.load_state_dict(checkpoint.network)
         self.average = {k: v.to(self.device) for k, v in checkpoint.average.items()}
-        self.optimizer.load_state_dict(checkpoint.optimizer)
+        for optimizer, state in zip(self.optimizers, checkpoint.optimizers, strict=True):
+            optimizer.load_state_dict(state)
         self.mean = checkpoint.feature_mean.to(self.device)
         self.scale = checkpoint.feature_scale.to(self.device)
         self.step = checkpoint.step
@@ -192,13 +206,15 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns the loss and its terms."""
         rate = self._learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         loss, terms = self._evaluate(self.network, self.pool.batch(self.step, self.config.batch))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         decay = min(self.config.average_decay, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
             for name, value in self.network.state_dict().items():
@@ -228,7 +244,7 @@ class Trainer:
             self.step,
             self.network.state_dict(),
             self.average,
-            self.optimizer.state_dict(),
+            [optimizer.state_dict() for optimizer in self.optimizers],
             self.mean,
             self.scale,
             self.config.to_json(),
