@@ -291,5 +291,6 @@ def export(
         "feature_scale": [round(float(value), 6) for value in feature_scale],
         "training": dict(training or {}),
     }
-    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
     return directory / MODEL_FILE
