@@ -31,9 +31,11 @@ class UploadTimeoutError(ServiceError):
 
 
 class BusyError(ServiceError):
-    """No room for another request now."""
+    """No room for another file now."""
 
-    retry_after_seconds = 5
+
+class StoppingError(ServiceError):
+    """The process ends before the file is done."""
 
 
 class ClientGoneError(ServiceError):
@@ -75,9 +77,13 @@ ANSWERS: dict[type[Exception], Answer] = {
     ),
     ClientGoneError: Answer("client_gone", 499, "CANCELLED", "The caller hung up."),
     BusyError: Answer("busy", 503, "RESOURCE_EXHAUSTED", "Too many files are being worked on; try again."),
+    StoppingError: Answer("stopping", 503, "UNAVAILABLE", "The service is stopping; try again."),
     Exception: Answer("internal", 500, "INTERNAL", "The service failed; the fault is not the caller's."),
 }
 """Looked up by the exception's class, then by its bases, nearest first."""
+
+RETRY_AFTER_SECONDS = 5
+"""When to come back after a 503: a file takes about a second a minute of audio."""
 
 PROBLEM_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -103,7 +109,7 @@ def problem(error: Exception) -> JSONResponse:
     An undeclared exception tells the caller nothing about the service's inside.
     """
     answer = answer_for(error)
-    headers = {"Retry-After": str(error.retry_after_seconds)} if isinstance(error, BusyError) else {}
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if answer.http_status == 503 else {}
     detail = answer.meaning if answer.code == "internal" else str(error)
     return problem_response(answer.http_status, answer.code, detail, headers)
 

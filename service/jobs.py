@@ -43,6 +43,11 @@ class Turns:
             else:
                 self._free += 1
 
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
     def pass_on(self) -> None:
         """Go to the end of the queue, if there is one."""
         with self._lock:
@@ -62,6 +67,11 @@ class FileJobs:
         self.accepted = 0
         self._turns = Turns(workers)
         self._threads = ThreadPoolExecutor(limit, thread_name_prefix="file")
+
+    @property
+    def waiting(self) -> int:
+        """Files that could go on if they had the CPU."""
+        return self._turns.waiting
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -102,6 +112,8 @@ class FileJobs:
             await asyncio.gather(job, return_exceptions=True)
             raise
 
-    def close(self) -> None:
-        """Let go of the threads; all work has ended."""
+    async def close(self) -> None:
+        """Wait until all places are given back, and end the threads."""
+        while self.accepted:
+            await asyncio.sleep(0.01)
         self._threads.shutdown()

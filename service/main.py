@@ -24,10 +24,10 @@ class Server(uvicorn.Server):
     """The HTTP server around one engine; it stops being ready as soon as it is told to stop."""
 
     def __init__(self, settings: Settings, enhancer: Enhancer) -> None:
-        self._health = Health()
+        self.health = Health()
         super().__init__(
             uvicorn.Config(
-                create_app(settings, enhancer, self._health),
+                create_app(settings, enhancer, self.health),
                 host=settings.http_listen.host,
                 port=settings.http_listen.port,
                 log_config=None,
@@ -39,7 +39,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop, on SIGTERM or SIGINT."""
-        self._health.stopping = True
+        self.health.stopping = True
         super().handle_exit(sig, frame)
 
 

@@ -66,6 +66,11 @@ class Metrics:
             "Files that may be between upload and answer at once.",
             registry=self.registry,
         )
+        self.files_waiting = Gauge(
+            "percepnet_files_waiting",
+            "Files that wait for their turn on the CPU.",
+            registry=self.registry,
+        )
         build = Gauge(
             "percepnet_build_info",
             "What runs here.",

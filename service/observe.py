@@ -1,12 +1,13 @@
 """Around every request: failures become declared problems, and each leaves one log line and its metrics."""
 
+import asyncio
 import logging
 import time
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import answer_for, problem
+from service.errors import StoppingError, answer_for, problem
 from service.logs import logger
 from service.metrics import Metrics
 
@@ -30,31 +31,42 @@ class Observe:
         line: dict[str, Any] = {"status": None, "request_bytes": 0, "response_bytes": 0}
         scope.setdefault("state", {})["line"] = line
 
+        unread = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+
         async def counted_receive() -> Message:
+            nonlocal unread
             message = await receive()
+            unread = unread and message.get("more_body", False)
             line["request_bytes"] += len(message.get("body", b""))
             return message
 
         async def counted_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 line["status"] = message["status"]
+                if unread:  # or the server would go on reading what nobody wants
+                    message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             line["response_bytes"] += len(message.get("body", b""))
             await send(message)
 
         try:
             await self.app(scope, counted_receive, counted_send)
+        except asyncio.CancelledError:
+            await self._fail(StoppingError("the service is stopping"), scope, receive, counted_send)
         except Exception as error:
-            answer = answer_for(error)
-            line["error"] = answer.code
-            if answer.http_status == 500:
-                logger.exception("request failed")
-            else:
-                line["detail"] = str(error)
-            if line["status"] is not None:  # too late for another answer: the server cuts the connection
-                raise
-            await problem(error)(scope, receive, counted_send)
+            await self._fail(error, scope, receive, counted_send)
         finally:
             self._record(scope, line, time.perf_counter() - started)
+
+    async def _fail(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+        line = scope["state"]["line"]
+        answer = answer_for(error)
+        line["error"] = answer.code
+        if answer.http_status == 500:
+            logger.error("request failed", exc_info=error)
+        else:
+            line["detail"] = str(error)
+        if line["status"] is None:  # otherwise it is too late, and the server cuts the connection
+            await problem(error)(scope, receive, send)
 
     def _record(self, scope: Scope, line: dict[str, Any], seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")

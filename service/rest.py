@@ -29,6 +29,7 @@ from service.errors import (
     BusyError,
     ClientGoneError,
     MediaTypeError,
+    StoppingError,
     TooLargeError,
     UploadTimeoutError,
     documented_problems,
@@ -105,6 +106,7 @@ _PROBLEMS = (
     ParameterError,
     Exception,
     BusyError,
+    StoppingError,
 )
 
 _Result = TypeVar("_Result")
@@ -257,11 +259,12 @@ def create_app(settings: Settings, enhancer: Enhancer, state: health.Health) -> 
     metrics = Metrics(enhancer.model)
     metrics.files_capacity.set(settings.max_requests)
     metrics.files_accepted.set_function(lambda: jobs.accepted)
+    metrics.files_waiting.set_function(lambda: jobs.waiting)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        jobs.close()
+        await jobs.close()
 
     app = FastAPIOffline(
         title="PercepNet",

@@ -1,13 +1,14 @@
 """From a request's body to a file on disk, within the limits of the deployment."""
 
 import asyncio
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
 from typing import BinaryIO, cast
 
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
 
@@ -92,16 +93,34 @@ def _limited(receive: Receive, settings: Settings) -> Receive:
     return limited
 
 
+class _FormParser(MultiPartParser):
+    """Starlette's parser, which takes a form that breaks off for a whole one, but for this flag."""
+
+    complete = False
+
+    def on_end(self) -> None:
+        """The closing boundary was read."""
+        self.complete = True
+
+
 async def _read_form(request: Request, resources: ExitStack) -> Upload:
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        async for piece in request.stream():
+            yield piece
+        if not parser.complete:  # told from inside, so that the parser closes its files
+            raise MultiPartException("The form ends before its closing boundary.")
+
     try:
-        form = await request.form(max_files=1, max_fields=16, max_part_size=1024)
-    except HTTPException as error:
-        raise BodyError(error.detail) from error
+        async with aclosing(pieces()) as stream:
+            parser = _FormParser(request.headers, stream, max_files=1, max_fields=16, max_part_size=1024)
+            form = await parser.parse()
+    except MultiPartException as error:
+        raise BodyError(error.message) from error
     files = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
     for _, upload in files:
         resources.callback(upload.file.close)
     if [name for name, _ in files] != [FILE_FIELD]:
-        raise BodyError(f"the form needs exactly one complete file, in its field {FILE_FIELD!r}")
+        raise BodyError(f"the form needs exactly one file, in its field {FILE_FIELD!r}")
     [(_, upload)] = files
     fields = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
     return Upload(upload.file, upload.filename or "", fields)
