@@ -61,6 +61,17 @@ class Encoding:
     subtype: str
 
 
+class _SequentialFile(soundfile.SoundFile):
+    """A file that is read or written from start to end.
+
+    soundfile seeks after each block of a seekable file. An MP3 then loses the data that its frames borrow
+    from earlier ones, audibly.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
 class AudioReader:
     """An audio file open for reading, whose header was checked.
 
@@ -76,7 +87,7 @@ class AudioReader:
             _check_end(file)
             file.seek(0)
             try:
-                self._sound = opened.enter_context(soundfile.SoundFile(file))
+                self._sound = opened.enter_context(_SequentialFile(file))
             except soundfile.LibsndfileError as error:
                 raise AudioError(f"the file is damaged or truncated: {error.error_string}") from error
             self._check_header()
@@ -174,7 +185,7 @@ class AudioWriter:
         else:
             file = target
         try:
-            self._sound = soundfile.SoundFile(
+            self._sound = _SequentialFile(
                 file, "w", sample_rate, channels, encoding.subtype, format=container
             )
         except soundfile.LibsndfileError as error:

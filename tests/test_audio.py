@@ -1,0 +1,314 @@
+"""Files come in whole or are refused with one declared error, and go out as they came in."""
+
+import io
+import re
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import soundfile
+
+from percepnet import audio
+from percepnet.audio import AudioReader, AudioWriter, Encoding, choose_encoding
+from percepnet.errors import AudioError, ParameterError, UnsupportedAudioError
+
+
+def noise(n_samples: int, channels: int = 1) -> np.ndarray:
+    """(channels, n_samples) float32 within ±0.8."""
+    return np.random.default_rng(0).uniform(-0.8, 0.8, (channels, n_samples)).astype(np.float32)
+
+
+def chirp(n_samples: int, channels: int = 1) -> np.ndarray:
+    """(channels, n_samples) float32 within ±0.5: what lossy encoders are made for."""
+    phase = np.cumsum(np.linspace(0.02, 0.5, n_samples))
+    return np.stack([0.5 * np.sin(phase + channel) for channel in range(channels)]).astype(np.float32)
+
+
+def encoded(
+    container: str, subtype: str, rate: int = 16_000, channels: int = 1, n_samples: int = 8_000
+) -> bytes:
+    """A file as another program would have written it."""
+    file = io.BytesIO()
+    soundfile.write(file, chirp(n_samples, channels).T, rate, subtype, format=container)
+    return file.getvalue()
+
+
+def read(source) -> np.ndarray:
+    with AudioReader(source) as reader:
+        return np.concatenate(list(reader.blocks(1_000)), axis=1)
+
+
+def written(samples: np.ndarray, encoding: Encoding, rate: int = 16_000) -> tuple[io.BytesIO, AudioWriter]:
+    file = io.BytesIO()
+    with AudioWriter(file, encoding, rate, len(samples), samples.shape[1]) as writer:
+        writer.write(samples)
+    file.seek(0)
+    return file, writer
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [
+        *(("WAV", s) for s in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")),
+        *(("FLAC", s) for s in ("PCM_S8", "PCM_16", "PCM_24")),
+        *(("OGG", s) for s in ("VORBIS", "OPUS")),
+        ("WAVEX", "PCM_16"),
+        ("RF64", "PCM_16"),
+        ("MP3", "MPEG_LAYER_III"),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_every_accepted_format_is_read_in_full(container, subtype, channels, tmp_path):
+    """From a path and from a binary file alike, and as libsndfile reads it in one go."""
+    path = tmp_path / "in"
+    path.write_bytes(encoded(container, subtype, channels=channels))
+    with AudioReader(path) as reader:
+        assert (reader.sample_rate, reader.channels, reader.n_samples) == (16_000, channels, 8_000)
+    expected = soundfile.read(path, dtype="float32", always_2d=True)[0].T
+    # The MP3 decoder itself differs by a rounding from run to run.
+    tolerance = 1e-6 if container == "MP3" else 0
+    with path.open("rb") as file:
+        np.testing.assert_allclose(read(file), expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(read(path), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype", "bits"),
+    [
+        *(("WAV", "PCM_U8", 8), ("WAV", "PCM_16", 16), ("WAV", "PCM_24", 24), ("WAV", "PCM_32", 25)),
+        *(("FLAC", "PCM_S8", 8), ("FLAC", "PCM_16", 16), ("FLAC", "PCM_24", 24)),
+    ],
+)
+def test_pcm_is_rounded_to_the_nearest_step(container, subtype, bits):
+    """32-bit PCM keeps what float32 holds. An offset of half a step would be a rounding down."""
+    samples = noise(20_000, 2)
+    file, writer = written(samples, Encoding(container, subtype))
+    error = (read(file).astype(np.float64) - samples) * 2 ** (bits - 1)
+    assert np.abs(error).max() <= 0.5
+    assert abs(error.mean()) < 0.01
+    assert writer.clipped_samples == 0
+
+
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+def test_float_files_hold_every_sample_as_it_is(subtype):
+    samples = 5 * noise(5_000, 3)
+    file, writer = written(samples, Encoding("WAV", subtype))
+    np.testing.assert_array_equal(read(file), samples)
+    assert writer.clipped_samples == 0
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [("WAV", "PCM_U8"), ("WAV", "PCM_16"), ("WAV", "PCM_32"), ("WAV", "ULAW"), ("FLAC", "PCM_24")],
+)
+def test_what_is_beyond_full_scale_is_saturated_and_counted(container, subtype):
+    samples = noise(1_000, 2)
+    samples[0, 10:17] = 1.5
+    samples[1, 20:25] = -3e30
+    file, writer = written(samples, Encoding(container, subtype))
+    assert writer.clipped_samples == 12
+    result = read(file)
+    assert result[0, 10:17].min() > 0.97
+    assert result[1, 20:25].max() < -0.97
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize("n_samples", [1, 100, 48_000, 100_003])
+def test_lossy_files_keep_the_length_and_the_place(subtype, n_samples):
+    """Long blocks are written in pieces: libvorbis dies of one long write."""
+    signal = chirp(n_samples)
+    result = read(written(signal, Encoding("OGG", subtype), 48_000)[0])
+    assert result.shape == signal.shape
+    if n_samples > 1_000:
+        assert np.mean((result - signal) ** 2) < 0.05 * np.mean(signal**2)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "expected"),
+    [
+        (("WAV", "PCM_U8"), "wav", ("WAV", "PCM_U8")),
+        (("WAV", "PCM_24"), "wav", ("WAV", "PCM_24")),
+        (("WAV", "FLOAT"), "wav", ("WAV", "FLOAT")),
+        (("WAV", "IMA_ADPCM"), "wav", ("WAV", "PCM_16")),
+        (("FLAC", "PCM_S8"), "wav", ("WAV", "PCM_U8")),
+        (("MP3", "MPEG_LAYER_III"), "wav", ("WAV", "PCM_16")),
+        (("OGG", "OPUS"), "wav", ("WAV", "PCM_16")),
+        (("WAV", "PCM_U8"), "flac", ("FLAC", "PCM_S8")),
+        (("WAV", "PCM_16"), "flac", ("FLAC", "PCM_16")),
+        (("WAV", "DOUBLE"), "flac", ("FLAC", "PCM_24")),
+        (("OGG", "VORBIS"), "ogg", ("OGG", "VORBIS")),
+        (("OGG", "OPUS"), "ogg", ("OGG", "OPUS")),
+        (("WAV", "PCM_16"), "ogg", ("OGG", "VORBIS")),
+        (("WAV", "PCM_16"), "opus", ("OGG", "OPUS")),
+    ],
+)
+def test_the_output_keeps_the_input_s_depth_as_far_as_its_format_can(source, name, expected):
+    with AudioReader(io.BytesIO(encoded(*source))) as reader:
+        assert choose_encoding(io.BytesIO(), name, reader) == Encoding(*expected)
+        assert choose_encoding(f"folder/file.{name.upper()}", None, reader) == Encoding(*expected)
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "target", "name", "message"),
+    [
+        (16_000, 1, "out.mp3", None, "suffix is '.mp3'; accepted are .wav"),
+        (16_000, 1, "out", None, "suffix is ''"),
+        (16_000, 1, "out.wav", "aiff", "accepted are wav, flac, ogg, opus"),
+        (44_100, 1, "out.opus", None, "44100 Hz, only 8000, 12000"),
+        (16_000, 9, "out.flac", None, "at most 8 channels"),
+        (16_000, 256, "out.ogg", None, "at most 255 channels"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_by_what_is_accepted(rate, channels, target, name, message):
+    with (
+        AudioReader(io.BytesIO(encoded("WAV", "PCM_16", rate, channels, 10))) as reader,
+        pytest.raises(ParameterError, match=re.escape(message)),
+    ):
+        choose_encoding(target, name, reader)
+
+
+@pytest.mark.parametrize(
+    ("channels", "limit", "container"),
+    [(1, None, "WAV"), (2, None, "WAV"), (6, None, "WAVEX"), (40, None, "WAVEX"), (2, 1_000, "RF64")],
+)
+def test_wav_s_header_fits_the_channels_and_the_size(channels, limit, container, monkeypatch):
+    if limit is not None:
+        monkeypatch.setattr(audio, "MAX_WAV_BYTES", limit)
+    samples = noise(1_000, channels)
+    file, _ = written(samples, Encoding("WAV", "FLOAT"))
+    assert soundfile.info(file).format == container
+    np.testing.assert_array_equal(read(file), samples)
+
+
+def patched(data: bytes, position: int, new: bytes) -> bytes:
+    return data[:position] + new + data[position + len(new) :]
+
+
+def with_value(value: float, sample: int, channel: int) -> bytes:
+    samples = noise(3_000, 2)
+    samples[channel, sample] = value
+    file = io.BytesIO()
+    soundfile.write(file, samples.T, 16_000, "FLOAT", format="WAV")
+    return file.getvalue()
+
+
+WAV = encoded("WAV", "PCM_16")
+# A WAV's header: channels at byte 22, rate at 24, length of the data at 40.
+NOT_AUDIO = {
+    "text": b"hello, this is not audio at all " * 100,
+    "zeros": bytes(10_000),
+    "one byte": b"R",
+    "an image": b"\x89PNG\r\n\x1a\n" + bytes(1_000),
+    "AIFF": encoded("AIFF", "PCM_16"),
+    "AAC": b"\xff\xf1\x50\x80" + bytes(1_000),
+}
+UNUSABLE = {
+    "empty": (b"", "empty"),
+    "no samples": (encoded("WAV", "PCM_16", n_samples=0), "no samples"),
+    "cut in the header": (WAV[:30], "truncated"),
+    "cut before the data": (WAV[:44], "promises 16000 bytes of audio, it holds 0"),
+    "cut in the data": (WAV[:9_044], "promises 16000 bytes of audio, it holds 9000"),
+    "cut RF64": (encoded("RF64", "PCM_16")[:9_000], "truncated"),
+    "cut FLAC": (encoded("FLAC", "PCM_16")[:-2_000], "damaged or truncated"),
+    "cut FLAC header": (encoded("FLAC", "PCM_16")[:60], "damaged or truncated"),
+    "cut Vorbis": (encoded("OGG", "VORBIS", n_samples=60_000)[:-2_000], "last Ogg page"),
+    "cut Vorbis header": (encoded("OGG", "VORBIS")[:60], "last Ogg page"),
+    "Vorbis without its last byte": (encoded("OGG", "VORBIS")[:-1], "last Ogg page"),
+    "cut Opus": (encoded("OGG", "OPUS", n_samples=60_000)[:-2_000], "last Ogg page"),
+    "0 channels": (patched(WAV, 22, b"\0\0"), "damaged"),
+    "rate 0": (patched(WAV, 24, bytes(4)), "damaged"),
+    "rate 2 GHz": (patched(WAV, 24, b"\xff\xff\xff\x7f"), "2147483647 Hz; accepted are 8000 to 192000"),
+    "rate 7999": (encoded("WAV", "PCM_16", 7_999), "7999 Hz"),
+    "rate 192001": (encoded("WAV", "PCM_16", 192_001), "192001 Hz"),
+    "unknown codec": (patched(WAV, 20, b"\x99\x99"), "damaged"),
+    "endless chunks": (WAV[:12] + b"junk\0\0\0\0" * 5_000, "truncated"),
+    "NaN": (with_value(np.nan, 2_345, 1), "sample 2345 (0.147 s) of channel 2 is nan"),
+    "infinity": (with_value(-np.inf, 0, 0), "sample 0 (0.000 s) of channel 1 is -inf"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_AUDIO)
+def test_what_is_not_audio_is_told_what_is_accepted(kind, tmp_path):
+    path = tmp_path / "in.wav"
+    path.write_bytes(NOT_AUDIO[kind])
+    for source in (path, io.BytesIO(NOT_AUDIO[kind])):
+        with pytest.raises(UnsupportedAudioError, match="WAV, FLAC, Ogg"):
+            read(source)
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_unusable_audio_is_refused_with_the_reason(kind, tmp_path):
+    data, message = UNUSABLE[kind]
+    path = tmp_path / "in.wav"
+    path.write_bytes(data)
+    for source in (path, io.BytesIO(data)):
+        with pytest.raises(AudioError, match=re.escape(message)):
+            read(source)
+
+
+def test_a_cut_mp3_is_refused(capfd):
+    """Its first frame promises the length. (The decoder complains on stderr, too.)"""
+    with pytest.raises(AudioError, match="truncated: its header promises 64000 samples"):
+        read(io.BytesIO(encoded("MP3", "MPEG_LAYER_III", n_samples=64_000)[:-3_000]))
+
+
+@pytest.mark.parametrize("length", [b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"])
+def test_a_wav_from_a_pipe_promises_no_length_and_is_read_in_full(length):
+    piped = patched(patched(WAV, 4, length), 40, length)
+    np.testing.assert_array_equal(read(io.BytesIO(piped)), read(io.BytesIO(WAV)))
+
+
+@pytest.mark.parametrize(
+    "start", [b"RIFF\0\0\0\0WAVE", b"fLaC", b"OggS", b"ID3", b"\xff\xfb\x90\x64", b"RF64\0\0\0\0WAVE"]
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_garbage_gives_a_declared_error_never_another(start, seed, capfd):
+    garbage = start + np.random.default_rng(seed).bytes(5_000)
+    with pytest.raises(AudioError):
+        read(io.BytesIO(garbage))
+
+
+@pytest.mark.parametrize(
+    "container", [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS")]
+)
+@pytest.mark.parametrize("seed", range(8))
+def test_damaged_bytes_give_a_result_or_a_declared_error(container, seed):
+    rng = np.random.default_rng(seed)
+    data = bytearray(encoded(*container))
+    for position in rng.integers(0, [60, len(data)][seed % 2], 5):
+        data[position] = rng.integers(256)
+    with suppress(AudioError):
+        assert np.isfinite(read(io.BytesIO(data))).all()
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        AudioReader(tmp_path / "none.wav")
+    with pytest.raises(FileNotFoundError):
+        AudioWriter(tmp_path / "none" / "out.wav", Encoding("WAV", "PCM_16"), 16_000, 1, 1)
+
+
+def test_a_failure_leaves_the_folder_as_it_was(tmp_path):
+    path = tmp_path / "out.wav"
+    path.write_bytes(b"before")
+    writer = AudioWriter(path, Encoding("WAV", "PCM_16"), 16_000, 1, 100)
+    with suppress(RuntimeError), writer:
+        writer.write(noise(100))
+        raise RuntimeError("the caller fails")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.wav"]
+    assert path.read_bytes() == b"before"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_is_an_os_error():
+    with (
+        pytest.raises(OSError, match="disk full"),
+        open("/dev/full", "r+b", buffering=0) as full,
+        AudioWriter(full, Encoding("WAV", "PCM_16"), 16_000, 1, 100) as writer,
+    ):
+        writer.write(noise(10_000))
+
+
+def test_a_target_that_is_no_file_is_refused(tmp_path):
+    with pytest.raises(ParameterError, match="is not a file"):
+        AudioWriter(tmp_path, Encoding("WAV", "PCM_16"), 16_000, 1, 1)
