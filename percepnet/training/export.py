@@ -5,6 +5,7 @@ the one combination with fast x86 kernels. Gates stay float32: onnxruntime has n
 is written out as integer matrix products and element-wise operators.
 """
 
+import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -294,3 +295,36 @@ def export(
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
     return directory / MODEL_FILE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `percepnet export`."""
+    parser.add_argument("run", type=Path, help="folder of a training run, or a checkpoint file")
+    parser.add_argument("directory", type=Path, help="where model.onnx and model.json are written")
+    parser.add_argument("--name", default="percepnet", help="name of the model (default: percepnet)")
+    parser.add_argument("--version", required=True, help="version of the model, for example 1.0.0")
+    parser.add_argument(
+        "--license", default="Apache-2.0", help="licence of the weights (default: Apache-2.0)"
+    )
+    parser.add_argument("--float", action="store_true", help="keep float32 weights, to compare with int8")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export a run's averaged weights; returns the exit code."""
+    from percepnet.training.train import CHECKPOINT, Checkpoint
+
+    path = arguments.run / CHECKPOINT if arguments.run.is_dir() else arguments.run
+    checkpoint = Checkpoint.load(path)
+    written = export(
+        {name: value.float().numpy() for name, value in checkpoint.average.items()},
+        arguments.directory,
+        name=arguments.name,
+        version=arguments.version,
+        feature_mean=checkpoint.feature_mean.numpy(),
+        feature_scale=checkpoint.feature_scale.numpy(),
+        license=arguments.license,
+        training={"steps": checkpoint.step, "config": json.loads(checkpoint.config)},
+        quantized=not arguments.float,
+    )
+    print(f"{written}: {written.stat().st_size / 1e6:.2f} MB, {checkpoint.step} steps")
+    return 0
