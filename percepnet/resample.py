@@ -52,6 +52,8 @@ class Resampler:
         delay_in_phases = self.delay * rate_in * self._up
         if delay_in_phases.denominator != 1:
             raise ParameterError(f"a delay of {self.delay} s lies between the phases of the filter")
+        # What a longer delay leaves to wait for although the filter has its input, in phases.
+        self._spare = int(delay_in_phases) - self._reach * self._up
         prefill = math.ceil(self.delay * rate_in)
         # The silence before the first sample, then the input that later outputs still need.
         self._buffer = np.zeros((*shape, prefill + self._reach - 1), np.float32)
@@ -65,7 +67,7 @@ class Resampler:
         """
         buffer = np.concatenate([self._buffer, samples], axis=-1, dtype=np.float32)
         taps = 2 * self._reach
-        last_start = (buffer.shape[-1] - taps + 1) * self._up - 1
+        last_start = (buffer.shape[-1] - taps + 1) * self._up - 1 - self._spare
         count = max(0, (last_start - self._position) // self._down + 1)
         output = np.empty((*buffer.shape[:-1], count), np.float32)
         windows = sliding_window_view(buffer, taps, axis=-1) if count else buffer

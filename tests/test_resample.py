@@ -104,6 +104,7 @@ def test_a_longer_delay_can_be_asked_for():
     back = Resampler(48_000, 22_050, delay=Fraction(60, 22_050) - there.delay)
     signal = tone(1_000, 22_050)
     output = back.push(there.push(signal))
+    assert len(output) == len(signal)
     assert decibels(output[200 : len(signal)] - signal[140 : len(signal) - 60]) < -80
 
 
