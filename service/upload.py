@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -19,6 +19,26 @@ MIB = 1024 * 1024
 
 FILE_FIELD = "file"
 RAW_TYPES = ("audio/*", "application/ogg", "application/octet-stream")
+
+DOCUMENTATION: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": [FILE_FIELD],
+                "properties": {
+                    FILE_FIELD: {"type": "string", "format": "binary", "description": "The recording."},
+                },
+            }
+        },
+        **{
+            kind: {"schema": {"type": "string", "format": "binary"}}
+            for kind in ("audio/wav", "audio/flac", "audio/ogg", "audio/mpeg", "application/octet-stream")
+        },
+    },
+}
+"""The body as OpenAPI describes it."""
 
 
 @dataclass(frozen=True)

@@ -633,9 +633,10 @@ def test_a_failure_is_logged_on_one_line_with_its_traceback() -> None:
 
 def test_the_openapi_document_tells_all_of_enhance(service: Service) -> None:
     operation = service.client.get("/openapi.json").json()["paths"]["/enhance"]["post"]
-    assert {parameter["name"] for parameter in operation["parameters"]} == {
-        "format", "attenuation_limit_db", "mix", "postfilter"
-    }  # fmt: skip
+    parameters = {parameter["name"]: parameter["schema"] for parameter in operation["parameters"]}
+    assert parameters.keys() == {"format", "attenuation_limit_db", "mix", "postfilter"}
+    assert parameters["attenuation_limit_db"]["minimum"] == 0
+    assert (parameters["mix"]["minimum"], parameters["mix"]["maximum"]) == (0, 1)
     form = operation["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert form["properties"]["file"]["format"] == "binary"
     assert "audio/flac" in operation["requestBody"]["content"]

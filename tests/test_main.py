@@ -1,0 +1,58 @@
+"""The process: what it refuses to start with, and how it starts and stops."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import export_random_model
+
+from service.main import run
+
+SERVE = """
+import argparse
+from service import main
+parser = argparse.ArgumentParser()
+main.add_arguments(parser)
+raise SystemExit(main.run(parser.parse_args()))
+"""
+
+
+def test_a_setting_that_cannot_be_meant_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(argparse.Namespace(max_requests="many")) == 2
+    assert capsys.readouterr().err == (
+        "percepnet serve: --max-requests='many': expected a whole number from 1 up\n"
+    )
+
+
+def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SERVE, "--model", str(tmp_path / "model.onnx")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("percepnet serve: ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_the_service_starts_answers_and_stops_on_sigterm(tmp_path: Path) -> None:
+    model = export_random_model(tmp_path, fc=32, conv=64, gru=64, strength_gru=32)
+    environment = {**os.environ, "PERCEPNET_HTTP_LISTEN": "127.0.0.1:0", "PERCEPNET_MODLE": "x"}
+    command = [sys.executable, "-c", SERVE, "--model", str(model)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = []
+        for text in process.stderr:
+            lines.append(json.loads(text))
+            if "running on" in lines[-1]["message"]:
+                break
+        url = next(word for word in lines[-1]["message"].split() if word.startswith("http://"))
+        assert httpx.get(f"{url}/readyz", timeout=100).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        lines += [json.loads(text) for text in process.stderr]
+    assert process.returncode == -signal.SIGTERM
+    assert lines[0] == {**lines[0], "level": "warning", "message": "no such setting: PERCEPNET_MODLE"}
+    assert any("shutdown complete" in line["message"] for line in lines)
