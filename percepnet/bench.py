@@ -17,7 +17,7 @@ from percepnet.audio import AudioWriter, Encoding
 from percepnet.constants import COMB_ORDER, HOP, LOOKAHEAD_FRAMES, SAMPLE_RATE, WINDOW
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model
-from percepnet.report import machine, markdown
+from percepnet.report import count, machine, markdown
 from percepnet.stream import enhance_file
 
 STREAMS = (1, 4, 8, 16, 32, 64)
@@ -111,13 +111,18 @@ def live_row(engine: Enhancer, n_streams: int, seconds: float) -> list[str]:
     samples = voices(n_streams, seconds)
     tick_times(engine, samples[:, : 10 * HOP])
     times = min((tick_times(engine, samples) for _ in range(REPEATS)), key=np.sum)
-    with stage_clock() as spent:
-        total = int(tick_times(engine, samples).sum())
-    stages = spent | {REST: total - sum(spent.values())}
+    stages = min((_by_stage(engine, samples) for _ in range(REPEATS)), key=lambda spent: sum(spent.values()))
     per_stream = 100 / (TICK_NS * len(times) * n_streams)
     shares = [int(times.sum()) * per_stream, *(time_ns * per_stream for time_ns in stages.values())]
     p50, p99 = np.percentile(times, [50, 99]) / 1e6
     return [str(n_streams), *(f"{share:.2f} %" for share in shares), f"{p50:.2f}", f"{p99:.2f}"]
+
+
+def _by_stage(engine: Enhancer, samples: np.ndarray) -> dict[str, int]:
+    """CPU nanoseconds of enhancing streams one frame at a time, stage by stage."""
+    with stage_clock() as spent:
+        total = int(tick_times(engine, samples).sum())
+    return spent | {REST: total - sum(spent.values())}
 
 
 def file_seconds(engine: Enhancer, seconds: float) -> float:
@@ -189,7 +194,7 @@ def report(engine: Enhancer, streams: Sequence[int], seconds: float, file_length
         yield markdown(header, rows)
         cpu_seconds = min(file_seconds(engine, file_length) for _ in range(REPEATS))
         yield (
-            f"A file of {file_length:.0f} s: {cpu_seconds:.2f} s of CPU, "
+            f"A file of {file_length:g} s: {cpu_seconds:.2f} s of CPU, "
             f"{file_length / cpu_seconds:.0f} × real time."
         )
         yield f"Difference from the signal path in float64: {error_db(engine, min(seconds, 3)):.0f} dB."
@@ -201,10 +206,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Measure the CPU time of live streams and of a file on one core, and the numerical error."
     )
     parser.add_argument(
-        "--streams", type=int, nargs="+", default=STREAMS, metavar="N", help="numbers of streams in one batch"
+        "--streams",
+        type=count,
+        nargs="+",
+        default=STREAMS,
+        metavar="N",
+        help="numbers of streams in one batch",
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="audio of each live stream (default: 3)")
-    parser.add_argument("--file-seconds", type=float, default=60.0, help="length of the file (default: 60)")
+    parser.add_argument(
+        "--seconds", type=count, default=3, metavar="S", help="audio of each live stream (default: 3)"
+    )
+    parser.add_argument(
+        "--file-seconds", type=count, default=60, metavar="S", help="length of the file (default: 60)"
+    )
     parser.add_argument(
         "--model", type=Path, help="a model.onnx with its model.json beside it (default: the bundled model)"
     )

@@ -19,6 +19,7 @@ RATE = 16_000
 """Sample rate of all measures in Hz: that of wide-band PESQ."""
 
 _TINY = 1e-12
+_WORST_PESQ = 1.04
 
 
 class Scores(NamedTuple):
@@ -70,11 +71,15 @@ def pesq_wb(clean: np.ndarray, estimate: np.ndarray) -> float:
         return float(pesq.pesq(RATE, clean, estimate, "wb"))
     except pesq.PesqError:  # no speech found, or less than a quarter of a second
         return math.nan
+    except ValueError:  # the level of an estimate without any speech cannot be adjusted
+        return _WORST_PESQ
 
 
 def estoi(clean: np.ndarray, estimate: np.ndarray) -> float:
     """Extended short-time objective intelligibility (Jensen and Taal 2016)."""
     pystoi = need("pystoi")
+    if not clean.any():
+        return math.nan
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         try:
@@ -85,14 +90,18 @@ def estoi(clean: np.ndarray, estimate: np.ndarray) -> float:
 
 def si_sdr(clean: np.ndarray, estimate: np.ndarray) -> float:
     """Scale-invariant signal-to-distortion ratio in dB of the zero-mean signals (Le Roux et al. 2019)."""
+    if not clean.any():
+        return math.nan
     reference, degraded = (signal - signal.mean(dtype=np.float64) for signal in (clean, estimate))
     target = (degraded @ reference) / (reference @ reference + _TINY) * reference
     error = degraded - target
-    return float(10 * np.log10((target @ target + _TINY) / (error @ error + _TINY)))
+    return float(10 * np.log10((target @ target + _TINY**2) / (error @ error + _TINY)))
 
 
 def level_difference(clean: np.ndarray, estimate: np.ndarray) -> float:
     """RMS level of the estimate over that of the reference, in dB."""
+    if not clean.any():
+        return math.nan
     energies = [np.square(signal, dtype=np.float64).sum() + _TINY for signal in (estimate, clean)]
     return float(10 * np.log10(energies[0] / energies[1]))
 

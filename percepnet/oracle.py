@@ -16,7 +16,7 @@ from percepnet.analysis import AnalysisState, analyze
 from percepnet.audio import AudioWriter, Encoding
 from percepnet.bands import band_energy, power
 from percepnet.constants import HOP, LATENCY_SAMPLES, N_BANDS, SAMPLE_RATE, WINDOW
-from percepnet.report import Pair, each, markdown, need, pairs, read_together
+from percepnet.report import Pair, count, each, make_folder, markdown, need, pairs, read_together
 from percepnet.synthesis import Controls, synthesize
 from percepnet.targets import band_gains, clean_spectra, ideal
 
@@ -103,14 +103,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", required=True, help="folder for what is written"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--jobs", type=count, default=1, help="processes (default: 1)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Climb the ladder with every clip; returns the exit status."""
     clips = pairs(arguments.clean, arguments.noisy)
+    sources = [path.parent for path in (clips[0].clean, clips[0].noisy)]
     for rung in RUNGS:
-        (arguments.output / rung).mkdir(parents=True, exist_ok=True)
+        make_folder(arguments.output / rung, apart_from=sources)
     _show(clips[0], arguments.output)
     scores = list(each(partial(_write_and_score, output=arguments.output), clips, arguments.jobs))
     rows = [[title, *metrics.mean([clip[rung] for clip in scores]).cells()] for rung, title in RUNGS.items()]

@@ -1,5 +1,6 @@
 """What the commands that measure share: their optional modules, their pairs of files, their tables."""
 
+import argparse
 import importlib
 import multiprocessing
 import os
@@ -30,6 +31,13 @@ def need(name: str) -> Any:
         raise PercepNetError(
             f"measuring needs the module {error.name!r}: pip install 'percepnet[measure]'"
         ) from error
+
+
+def count(text: str) -> int:
+    """A command-line argument that is a whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted are whole numbers from 1 up")
+    return int(text)
 
 
 class Pair(NamedTuple):
@@ -64,6 +72,13 @@ def _audio_files(folder: Path) -> dict[str, Path]:
     if not files:
         raise ParameterError(f"{folder} holds no audio files ({', '.join(READABLE_SUFFIXES)})")
     return files
+
+
+def make_folder(folder: Path, *, apart_from: Sequence[Path]) -> None:
+    """Make a folder for what is written; raises ParameterError if it is one of those that are read."""
+    if folder.resolve() in {path.resolve() for path in apart_from}:
+        raise ParameterError(f"{folder} holds recordings that would be written over; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def read_together(*paths: Path) -> tuple[list[np.ndarray], int]:

@@ -12,7 +12,7 @@ from percepnet import metrics
 from percepnet.enhancer import Enhancer
 from percepnet.metrics import Scores
 from percepnet.model import Model
-from percepnet.report import Pair, each, markdown, pairs, read_together
+from percepnet.report import Pair, count, each, make_folder, markdown, pairs, read_together
 from percepnet.stream import enhance_file
 from percepnet.synthesis import Controls
 
@@ -89,19 +89,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attenuation-limit-db", type=float, metavar="DB", help="lower noise by at most this"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument("--jobs", type=count, default=1, help="processes (default: 1)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Enhance, score and print the table; returns the exit status."""
     clips = pairs(arguments.clean, arguments.noisy)
     controls = Controls(arguments.attenuation_limit_db, postfilter=not arguments.no_postfilter)
-    manifest = Model.load(arguments.model).manifest
+    model = Model.load(arguments.model)
     with tempfile.TemporaryDirectory() as temporary:
         output = arguments.enhanced_out or Path(temporary)
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output, apart_from=[path.parent for path in (clips[0].clean, clips[0].noisy)])
         evaluation = Evaluation(arguments.model, controls, output)
         scores = list(each(evaluation, clips, arguments.jobs))
-    print(f"{manifest.name} {manifest.version}, quantization: {manifest.quantization}\n")
+    print(f"{model.manifest.name} {model.manifest.version}, {model.precision}\n")
     print(table([pair.name for pair in clips], scores))
     return 0
