@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from scipy.signal import firwin
 
 from percepnet.errors import ParameterError
 
@@ -119,8 +118,9 @@ def _reach(rate_in: int, rate_out: int) -> int:
 def _filters(up: int, down: int, reach: int) -> np.ndarray:
     """Low-pass filters (phases + 1, 2·reach), one a row, each a fraction of an input sample further."""
     phases = min(up, MAX_PHASES)
-    prototype = firwin(
-        2 * reach * phases + 1, min(1, up / down) / phases, window=("kaiser", KAISER_BETA), scale=True
-    )
+    # Written out: importing scipy.signal for its firwin takes 0.6 s and 50 MB.
+    place = np.arange(-reach * phases, reach * phases + 1) / phases
+    prototype = np.sinc(min(1, up / down) * place) * np.kaiser(len(place), KAISER_BETA)
+    prototype /= prototype.sum()
     rows = np.stack([prototype[phases - p :: phases][: 2 * reach] for p in range(phases + 1)])
     return np.ascontiguousarray(phases * rows, np.float32)
