@@ -63,7 +63,8 @@ def prepare(
         cache: folder to write; made if missing.
         speech, noise, rooms: manifests (CSV with at least a column `file`, relative to the folder named
             like the manifest or to the manifest's own) or folders, searched for audio files. A folder's
-            file belongs to the speaker, or kind of noise, that its own folder is named after.
+            file belongs to the speaker, or kind of noise, that its own folder is named after. A manifest's
+            column `split` (`train` or `valid`), where it has a value, stands; else a hash decides.
         simulated_rooms: how many rooms to simulate on top of the measured ones.
         seed: of the simulated rooms.
         progress: show progress bars.
@@ -262,6 +263,7 @@ def _write_recordings(cache: Path, name: str, rows: list[dict[str, str]], progre
                     "bandwidth_hz": round(bandwidth),
                     "active_rms": f"{active_rms(samples):.6g}",
                     "floor_db": f"{_floor_db(samples):.1f}",
+                    "split": row.get("split") or "",
                 }
             )
             recordings.append(f"{Path(row['path']).name}@{float(row.get('start_s') or 0)}")
@@ -273,7 +275,8 @@ def _write_recordings(cache: Path, name: str, rows: list[dict[str, str]], progre
         seconds[entry[kind]] += entry["length"] / SAMPLE_RATE
     for entry, recording in zip(table, recordings, strict=True):
         pillar = seconds[entry[kind]] > PILLAR_SECONDS
-        entry["split"] = "valid" if is_held_out(recording if pillar else entry[kind]) else "train"
+        held_out = is_held_out(recording if pillar else entry[kind])
+        entry["split"] = entry["split"] or ("valid" if held_out else "train")
     _write_table(cache / f"{name}.csv", table)
 
 

@@ -67,21 +67,22 @@ def test_a_folder_of_any_format_and_rate_becomes_48_khz_mono(tmp_path: Path, noi
         assert np.abs(stored).max() == FULL_SCALE
 
 
-def test_a_manifest_cuts_its_file_and_states_the_bandwidth(tmp_path: Path, noise: Path) -> None:
+def test_a_manifest_cuts_its_file_and_states_bandwidth_and_split(tmp_path: Path, noise: Path) -> None:
     """Rows name stretches of one file, found beside the manifest in the folder of its name."""
     (tmp_path / "list").mkdir()
     both = np.concatenate([tone(500, 1), tone(2000, 2)])
     soundfile.write(tmp_path / "list" / "two.wav", both, 48_000)
     row = {"file": "two.wav", "source": "here", "speaker": "anna", "lang": "en", "licence": "CC0"}
     rows = [
-        row | {"start_s": 0, "dur_s": 1, "bandwidth_hz": 7500},
-        row | {"start_s": 1, "dur_s": 2, "bandwidth_hz": 20_000},
+        row | {"start_s": 0, "dur_s": 1, "bandwidth_hz": 7500, "split": "valid"},
+        row | {"start_s": 1, "dur_s": 2, "bandwidth_hz": 20_000, "split": "train"},
     ]
     manifest = write_csv(tmp_path / "list.csv", rows)
     prepare(tmp_path / "cache", speech=[manifest], noise=[noise], simulated_rooms=0, progress=False)
     samples, table = load_cache(tmp_path / "cache", "speech")
     assert list(table["length"]) == [48_000, 96_000]
     assert list(table["bandwidth_hz"]) == [7500, 20_000]
+    assert list(table["split"]) == ["valid", "train"]
     second = samples[table["offset"][1] :][:48_000].astype(float)
     assert np.argmax(np.abs(np.fft.rfft(second))) == 2000
     described = summary(tmp_path / "cache")["speech"]
