@@ -64,16 +64,19 @@ def analyze(samples: np.ndarray, state: AnalysisState) -> tuple[Analysis, Analys
     n_frames = samples.shape[-1] // HOP
     heard = np.concatenate([state.samples, samples], axis=-1)
 
-    spectra = stft.forward(stft.windows(heard[:, _HISTORY - HOP :], WINDOW))
-    energies = band_energy(spectra)
-    correlation = pitch.correlate(stft.windows(heard[:, _HISTORY + HOP - pitch.PASSAGE :], pitch.PASSAGE))
+    passages = stft.windows(heard, pitch.PASSAGE, start=_HISTORY + HOP - pitch.PASSAGE)
+    correlation = pitch.correlate(passages)
     period, strength, pitch_state = pitch.track(correlation, state.pitch)
+
+    newest = stft.windows(heard, WINDOW, start=_HISTORY - HOP)
+    filtered = comb.filter_frames(heard, period)
+    spectra, comb_spectra = both = stft.forward(np.array([newest, filtered]))
+    energies, comb_energies = band_energy(both)
 
     all_spectra = np.concatenate([state.spectra, spectra], axis=1)
     all_energies = np.concatenate([state.energies, energies], axis=1)
     noisy, energy = all_spectra[:, :n_frames], all_energies[:, :n_frames]
-    comb_spectra = stft.forward(comb.filter_frames(heard, period))
-    coherences = features.coherence(comb_spectra, noisy, band_energy(comb_spectra), energy)
+    coherences = features.coherence(comb_spectra, noisy, comb_energies, energy)
 
     result = Analysis(
         noisy=noisy,

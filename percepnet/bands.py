@@ -49,6 +49,7 @@ def _interpolation() -> tuple[np.ndarray, np.ndarray]:
 
 _LOWER, _UP = _interpolation()
 _DOWN = 1 - _UP
+_HALVES = np.stack([_DOWN, _UP])
 _STARTS = np.flatnonzero(np.diff(_LOWER, prepend=-1))
 
 
@@ -63,15 +64,16 @@ def band_weights() -> np.ndarray:
 def to_bands(bins: np.ndarray) -> np.ndarray:
     """Weighted sum of bin values (…, 481) in each band (…, 34), float32."""
     bands = np.zeros((*bins.shape[:-1], N_BANDS), np.float32)
-    bands[..., :-1] = np.add.reduceat(bins * _DOWN, _STARTS, axis=-1)
-    bands[..., 1:] += np.add.reduceat(bins * _UP, _STARTS, axis=-1)
+    halves = np.add.reduceat(bins[..., None, :] * _HALVES, _STARTS, axis=-1)
+    bands[..., :-1] = halves[..., 0, :]
+    bands[..., 1:] += halves[..., 1, :]
     return bands
 
 
 def to_bins(bands: np.ndarray) -> np.ndarray:
     """Interpolate band values (…, 34) linearly over the bins (…, 481); above 20 kHz the last band holds."""
-    steps = np.diff(bands, axis=-1)
-    return np.take(bands, _LOWER, axis=-1) + np.take(steps, _LOWER, axis=-1) * _UP
+    steps = bands[..., 1:] - bands[..., :-1]
+    return bands.take(_LOWER, axis=-1) + steps.take(_LOWER, axis=-1) * _UP
 
 
 def power(spectrum: np.ndarray) -> np.ndarray:

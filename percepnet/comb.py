@@ -1,8 +1,9 @@
-"""Pitch comb filter: averages over neighbouring pitch periods, which keeps the harmonics and thins the noise."""
+"""Pitch comb filter: averages over neighbouring periods, which keeps the harmonics and thins the noise."""
 
 import numpy as np
 
 from percepnet.constants import COMB_ORDER, HOP, LOOKAHEAD_FRAMES, MAX_PERIOD, WINDOW
+from percepnet.stft import windows
 
 REACH = COMB_ORDER * MAX_PERIOD
 """Samples of the past that the filter may need before its window."""
@@ -14,6 +15,18 @@ _BLOCK = 24  # windows filtered together: their taps' samples, 1 MB, stay in a c
 _ORDERS = np.arange(-COMB_ORDER, COMB_ORDER + 1)
 _HANN = (0.5 + 0.5 * np.cos(np.pi * _ORDERS / (COMB_ORDER + 1))).astype(np.float32)
 
+# Rows: how many periods the look-ahead holds. Columns: the taps, future to past.
+_REACHABLE = np.arange(COMB_ORDER + 1)[:, None] >= -_ORDERS
+_TAPS = np.where(_REACHABLE, _HANN, np.float32(0))
+_TAPS /= _TAPS.sum(axis=-1, keepdims=True)
+# A tap without weight reads the window itself rather than samples that are not there.
+_PERIODS_BACK = np.where(_REACHABLE, _ORDERS, 0)
+
+
+def _periods_ahead(period: np.ndarray) -> np.ndarray:
+    """How many whole periods the look-ahead holds, as far as the filter reaches."""
+    return np.minimum(LOOKAHEAD // period, COMB_ORDER)
+
 
 def taps(period: np.ndarray) -> np.ndarray:
     """Tap weights (…, 11) float32 for pitch periods (…) in samples: future to past, summing to one.
@@ -21,9 +34,7 @@ def taps(period: np.ndarray) -> np.ndarray:
     Hann weights; taps that would reach beyond the look-ahead are dropped and the rest renormalized, so low
     voices lean on their past ([P] 2.2).
     """
-    reachable = -_ORDERS * period[..., None] <= LOOKAHEAD
-    weights = np.where(reachable, _HANN, np.float32(0))
-    return weights / weights.sum(axis=-1, keepdims=True)
+    return _TAPS[_periods_ahead(period)]
 
 
 def filter_frames(samples: np.ndarray, period: np.ndarray) -> np.ndarray:
@@ -34,11 +45,10 @@ def filter_frames(samples: np.ndarray, period: np.ndarray) -> np.ndarray:
     Returns the windows (streams, frames, 960) float32, not yet windowed.
     """
     n_streams, n_frames = period.shape
-    weights = taps(period)
-    # A tap without weight reads the window itself rather than samples that are not there.
-    offsets = np.where(weights > 0, _ORDERS * period[..., None], 0)
-    starts = REACH + HOP * np.arange(n_frames)[:, None] - offsets
-    shifted = np.lib.stride_tricks.sliding_window_view(samples, WINDOW, axis=-1)
+    ahead = _periods_ahead(period)
+    weights = _TAPS[ahead]
+    starts = np.arange(REACH, REACH + n_frames * HOP, HOP)[:, None] - _PERIODS_BACK[ahead] * period[..., None]
+    shifted = windows(samples, WINDOW, hop=1)
     streams = np.arange(n_streams)[:, None, None]
     filtered = np.empty((n_streams, n_frames, WINDOW), np.float32)
     block = max(1, _BLOCK // n_streams)
@@ -46,5 +56,5 @@ def filter_frames(samples: np.ndarray, period: np.ndarray) -> np.ndarray:
         frames = slice(first, first + block)
         periods = shifted[streams, starts[:, frames]]
         periods *= weights[:, frames, :, None]
-        periods.sum(axis=2, out=filtered[:, frames])
+        np.add.reduce(periods, axis=2, out=filtered[:, frames])
     return filtered

@@ -10,13 +10,13 @@ _ENERGY_FLOOR = np.float32(1e-7)
 
 
 def coherence(comb: np.ndarray, noisy: np.ndarray, comb_energy: np.ndarray, energy: np.ndarray) -> np.ndarray:
-    """How far each band of a signal repeats with the pitch period: q = Re⟨P, X⟩ / (‖P‖·‖X‖), clamped to [0, 1].
+    """How far each band repeats with the pitch period: q = Re⟨P, X⟩ / (‖P‖·‖X‖), clamped to [0, 1].
 
     comb, noisy: spectra (…, 481) complex64; comb_energy, energy: their band energies (…, 34). Returns float32
     (…, 34). [P] equation 5.
     """
     norm = np.sqrt(comb_energy * energy) + np.float32(1e-12)
-    return np.clip(band_correlation(comb, noisy) / norm, 0, 1)
+    return (band_correlation(comb, noisy) / norm).clip(0, 1)
 
 
 def assemble(

@@ -8,7 +8,7 @@ _BETA = 0.02
 def sharpen(gains: np.ndarray, energy: np.ndarray) -> np.ndarray:
     """Lower the small gains further and make up for the energy lost.
 
-    gains: (…, 34) float32 in [0, 1], amplitude gains; energy: (…, 34) float32, band energies before the gains.
+    gains: (…, 34) float32 in [0, 1], amplitude gains; energy: (…, 34) float32, band energies before them.
     Returns the new amplitude gains (…, 34) float32. [P] equations 10 to 12.
     """
     warped = gains * np.sin(np.pi / 2 * gains)

@@ -12,15 +12,20 @@ def _vorbis_window() -> np.ndarray:
 
 
 VORBIS_WINDOW = _vorbis_window()
-"""Analysis and synthesis window: its square and the square half a window later sum to one (Vorbis I, 4.3.1)."""
+"""Analysis and synthesis window: its square and that half a window later sum to one (Vorbis I, 4.3.1)."""
 
 
-def windows(samples: np.ndarray, length: int) -> np.ndarray:
-    """View a signal as overlapping windows, one hop apart, the last one ending at the last sample.
+def windows(samples: np.ndarray, length: int, *, start: int = 0, hop: int = HOP) -> np.ndarray:
+    """View a signal as overlapping windows, the first of which begins at sample `start`.
 
-    samples: (streams, length + (frames - 1)·480). Returns a read-only view (streams, frames, length).
+    samples: (streams, start + length + (n - 1)·hop). Returns a view (streams, n, length).
     """
-    return np.lib.stride_tricks.sliding_window_view(samples, length, axis=-1)[..., ::HOP, :]
+    samples = np.ascontiguousarray(samples)
+    n_streams, n_samples = samples.shape
+    shape = (n_streams, (n_samples - start - length) // hop + 1, length)
+    stream, sample = samples.strides
+    # numpy's sliding_window_view takes as long as a transform.
+    return np.ndarray(shape, samples.dtype, samples, start * sample, (stream, hop * sample, sample))
 
 
 def forward(frames: np.ndarray) -> np.ndarray:

@@ -30,11 +30,11 @@ def band_gains(clean_energy: np.ndarray, noisy_energy: np.ndarray) -> np.ndarray
 def ideal_strengths(
     clean_coherence: np.ndarray, noisy_coherence: np.ndarray, tap_energy: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How much of the comb-filtered signal restores the clean signal's periodicity, and the gain to go with it.
+    """How much of the comb-filtered signal restores the clean one's periodicity, and the gain to go with it.
 
-    clean_coherence q_s, noisy_coherence q_x: (…, 34) in [0, 1]; tap_energy σ²: (…, 1), the sum of squared comb
-    taps. Returns strengths r and the attenuation of bands that even the full comb leaves too noisy, both
-    (…, 34) in [0, 1]. [P] equations 6 to 9, with q_p̂ estimated as there.
+    clean_coherence q_s, noisy_coherence q_x: (…, 34) in [0, 1]; tap_energy σ²: (…, 1), the sum of the comb's
+    squared taps. Returns strengths r and the attenuation of bands that even the full comb leaves too noisy,
+    both (…, 34) in [0, 1]. [P] equations 6 to 9, with q_p̂ estimated as there.
     """
     qs2, qx2 = clean_coherence**2, noisy_coherence**2
     comb_coherence = noisy_coherence / np.sqrt((1 - tap_energy) * qx2 + tap_energy)
@@ -57,8 +57,8 @@ def ideal(
 ) -> Targets:
     """Targets of frames whose clean signal is known.
 
-    clean_spectrum, clean_comb: spectra (streams, frames, 481) of the clean signal and of it comb-filtered with
-    the noisy signal's periods (streams, frames); noisy_energy, noisy_coherence: (streams, frames, 34).
+    clean_spectrum, clean_comb: spectra (streams, frames, 481) of the clean signal and of it comb-filtered
+    with the noisy signal's periods (streams, frames); noisy_energy, noisy_coherence: (streams, frames, 34).
     """
     clean_energy = band_energy(clean_spectrum)
     clean_coherence = coherence(clean_comb, clean_spectrum, band_energy(clean_comb), clean_energy)
@@ -68,14 +68,14 @@ def ideal(
 
 
 def clean_spectra(clean: np.ndarray, period: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Spectra of a clean signal at the frames that `analyze` returns, plain and comb-filtered with given periods.
+    """Spectra of a clean signal at the frames that `analyze` returns, plain and comb-filtered.
 
     clean: (streams, frames·480) float32; period: (streams, frames) int. Both results (streams, frames, 481).
     """
     past = comb.REACH + WINDOW - HOP + LOOKAHEAD_FRAMES * HOP
     heard = np.concatenate([np.zeros((len(clean), past), np.float32), clean], axis=-1)
     n_frames = period.shape[1]
-    windows = stft.windows(heard[:, comb.REACH :], WINDOW)[:, :n_frames]
+    windows = stft.windows(heard, WINDOW, start=comb.REACH)[:, :n_frames]
     return stft.forward(windows), stft.forward(comb.filter_frames(heard, period))
 
 
