@@ -62,6 +62,12 @@ $(VENV)/.service: pyproject.toml | $(VENV)/.created
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.dev $(VENV)/.train: $(VENV)/.%: pyproject.toml | $(VENV)/.created
-	$(PIP) --editable '.[$*]'
+$(VENV)/.dev: pyproject.toml | $(VENV)/.created
+	$(PIP) --editable '.[dev]'
+	@$(PIP) --editable '.[measure]' 2>$(VENV)/measure.log || \
+		echo "The measures could not be installed; PESQ needs a C compiler. Their tests will be skipped."
+	@touch $@
+
+$(VENV)/.train: pyproject.toml | $(VENV)/.created
+	$(PIP) --editable '.[train]'
 	@touch $@

@@ -18,6 +18,8 @@ from percepnet.stream import enhance
 from percepnet.synthesis import Controls
 from percepnet.training.evaluate import conditions, table
 
+pytest.importorskip("pesq", reason="needs the measure extra")
+
 RATE = 48_000
 
 

@@ -20,6 +20,8 @@ from percepnet.metrics import (
     si_sdr,
 )
 
+pytest.importorskip("pesq", reason="needs the measure extra")
+
 
 def voice(seconds: float = 1.5, rate: int = RATE, seed: int = 0) -> np.ndarray:
     """Syllables of a buzz whose pitch and timbre move."""

@@ -11,6 +11,8 @@ from percepnet.cli import main
 from percepnet.constants import SAMPLE_RATE
 from percepnet.oracle import RUNGS, climb
 
+pytest.importorskip("pesq", reason="needs the measure extra")
+
 RUNG_NAMES = ["noisy", "magnitude", "gains", "comb", "postfilter"]
 
 
