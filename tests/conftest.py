@@ -1,11 +1,15 @@
 """Fixtures shared by the tests."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+from scipy import signal
 
 from percepnet.constants import N_BANDS, N_FEATURES
+from percepnet.constants import SAMPLE_RATE as RATE
 from percepnet.model import Model
 
 
@@ -70,3 +74,50 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A small int8 model with random weights: gains and strengths that move, but mean nothing."""
     directory = tmp_path_factory.mktemp("random_model")
     return Model.load(export_random_model(directory, fc=32, conv=64, gru=64, strength_gru=32))
+
+
+def synthetic_voice(rng: np.random.Generator, rate: int) -> np.ndarray:
+    """Syllables of a buzzing voice with pauses."""
+    time = np.arange(3 * rate) / rate
+    buzz = signal.sawtooth(2 * np.pi * rng.uniform(90, 250) * time) + 0.1 * rng.normal(size=len(time))
+    return 0.3 * buzz * (np.sin(2 * np.pi * 2 * time) > -0.3)
+
+
+@pytest.fixture(scope="session")
+def training_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small cache of synthetic voices, noises and rooms, with speakers held out for validation."""
+    from percepnet.training.prepare import prepare
+
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    # Of these names, the fixed hash holds out some for validation.
+    for index in range(40):
+        folder = root / "speech" / f"speaker-{index}"
+        folder.mkdir(parents=True)
+        rate = RATE if index % 2 else 16_000
+        soundfile.write(folder / "a.wav", synthetic_voice(rng, rate), rate)
+    for index in range(40):
+        folder = root / "noise" / f"kind-{index}"
+        folder.mkdir(parents=True)
+        soundfile.write(folder / "a.wav", rng.normal(0, 0.1, RATE * (1 + index % 5)), RATE)
+    (root / "rooms").mkdir()
+    for index in range(40):
+        response = rng.normal(0, 0.01, RATE // 2) * np.exp(-np.arange(RATE // 2) / 5000)
+        response[:49] = 0
+        response[48] = 1.0
+        soundfile.write(root / "rooms" / f"room{index // 2}-{index % 2}.flac", response, RATE)
+    prepare(
+        root / "cache",
+        speech=[root / "speech"],
+        noise=[root / "noise"],
+        rooms=[root / "rooms"],
+        simulated_rooms=0,
+        progress=False,
+    )
+    return root / "cache"
+
+
+@pytest.fixture(scope="session")
+def voice() -> Callable[[np.random.Generator, int], np.ndarray]:
+    """Makes three seconds of a synthetic voice at a given rate."""
+    return synthetic_voice

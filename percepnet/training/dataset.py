@@ -1,4 +1,4 @@
-"""Training examples: mixtures, analysed by the code that serves, kept in shards that are replaced as training goes on.
+"""Training examples: mixtures, analysed by the code that serves, in shards that are replaced over time.
 
 Mixing and analysis cost about as much as training a small network on the same core, so every example is used
 a few times: a shard is a function of (seed, split, index) alone, the pool at a step is a function of the step
@@ -32,7 +32,8 @@ def _loss_bins() -> np.ndarray:
 LOSS_BINS = _loss_bins()
 """Bins that the loss looks at: all up to 4 kHz, every second up to 8 kHz, every fourth up to 20 kHz.
 
-High bands hold dozens of bins that share a gain; a quarter of them tells the loss as much at half the cost."""
+High bands hold dozens of bins that share a gain: a quarter of them tells the loss as much at half the cost.
+"""
 
 _ACTIVE = 0.1  # spectra are scaled so that the target's root-mean-square bin has this magnitude
 
@@ -49,10 +50,10 @@ class PoolConfig:
     """Examples in one file."""
     first_shards: int = 16
     """Shards that exist before the first step."""
-    shards: int = 160
+    shards: int = 190
     """Shards in the pool once it is full; older ones are deleted."""
-    steps_per_shard: float = 4.0
-    """A new shard joins the pool after so many steps: the times an example is used, if a step takes as many."""
+    steps_per_shard: float = 3.0
+    """A new shard joins after so many steps: the times an example is used, if a step takes as many."""
 
 
 def _as_half(spectrum: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -65,8 +66,8 @@ def _as_half(spectrum: np.ndarray, scale: np.ndarray) -> np.ndarray:
 def make_shard(mixer: Mixer, index: int, config: PoolConfig) -> dict[str, np.ndarray]:
     """Examples of one shard, by field name; all but the last (examples, frames, …) float16.
 
-    features: (…, 70) before normalization; noisy, comb, clean: spectra (…, 181, 2), each example scaled so that
-    its target has unit active level; gains, strengths: ideal band values (…, 34); bandwidth_hz: (examples,)
+    features: (…, 70) before normalization; noisy, comb, clean: spectra (…, 181, 2), each example scaled so
+    that its target has the same level; gains, strengths: ideal band values (…, 34); bandwidth_hz: (examples,)
     float32, above which the target says nothing.
     """
     count = config.shard_examples

@@ -297,6 +297,46 @@ def export(
     return directory / MODEL_FILE
 
 
+def restore(path: Path) -> dict[str, np.ndarray]:
+    """Weights of an exported model, for training to start from: what `export` took, up to int8 rounding.
+
+    path: a model.onnx. Returns PercepNet parameters by their PyTorch names, float32 arrays.
+    """
+    graph = onnx.load(path).graph
+    loops = [attribute.g for node in graph.node for attribute in node.attribute if attribute.name == "body"]
+    tensors = {
+        tensor.name.partition("/")[2]: numpy_helper.to_array(tensor)
+        for part in (graph, *loops)
+        for tensor in part.initializer
+    } | {
+        f"{loop.name}.{tensor.name.partition('/')[2]}": numpy_helper.to_array(tensor)
+        for loop in loops
+        for tensor in loop.initializer
+    }
+    states = {node.name: node.type.tensor_type.shape.dim for node in graph.input}
+
+    def matrix(name: str) -> np.ndarray:
+        """A weight matrix (outputs, inputs) in float32."""
+        return (tensors[f"{name}.weight"] * tensors.get(f"{name}.scale", np.float32(1))).T
+
+    weights: dict[str, np.ndarray] = {}
+    for name in ("fc_in", *CONVOLUTIONS, *(output for _, output in HEADS.values())):
+        weights |= {f"{name}.weight": matrix(name), f"{name}.bias": tensors[f"{name}.bias"]}
+    for name in CONVOLUTIONS:
+        taps = states[f"{name}_state"][1].dim_value + 1
+        flat = weights[f"{name}.weight"]
+        weights[f"{name}.weight"] = flat.reshape(len(flat), taps, -1).transpose(0, 2, 1).copy()
+    for name in (*STACKED_GRUS, *(gru for gru, _ in HEADS.values())):
+        recurrent_bias = tensors[f"{name}.h_n.bias"]
+        weights[f"{name}.weight_ih"] = np.concatenate([matrix(f"{name}.x_rz"), matrix(f"{name}.x_n")])
+        weights[f"{name}.weight_hh"] = np.concatenate([matrix(f"{name}.h_rz"), matrix(f"{name}.h_n")])
+        weights[f"{name}.bias_ih"] = np.concatenate(
+            [tensors[f"{name}.x_rz.bias"], tensors[f"{name}.x_n.bias"]]
+        )
+        weights[f"{name}.bias_hh"] = np.pad(recurrent_bias, (2 * len(recurrent_bias), 0))
+    return weights
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `percepnet export`."""
     parser.add_argument("run", type=Path, help="folder of a training run, or a checkpoint file")

@@ -10,21 +10,25 @@ from percepnet.training.dataset import LOSS_BINS
 
 _TINY = 1e-12
 
+_LOUDEST = 0.2
+"""Noisy examples are scaled down to this level, twice that of an active target: otherwise the few without
+speech, or with very little, make up most of the gradient."""
+
 
 @dataclass(frozen=True)
 class LossConfig:
     """Weights of the terms."""
 
-    compression: float = 0.3
-    """Magnitudes are raised to this power: about loudness."""
+    compression: float = 0.45
+    """Magnitudes are raised to this power: about loudness (Zwicker's law)."""
     magnitude: float = 1.0
-    phase: float = 0.3
+    phase: float = 0.1
     """Weight of the complex compressed error; it teaches the comb filter's strength."""
     over_suppression: float = 0.5
     """Additional weight of magnitude errors where speech is made too quiet."""
-    gains: float = 0.2
+    gains: float = 0.02
     """Weight of the gain loss of [P] equation 13, which speeds up the start."""
-    strengths: float = 0.05
+    strengths: float = 0.02
     """Weight of the strength loss of [P] equation 14."""
 
 
@@ -62,8 +66,10 @@ class SpectralLoss(torch.nn.Module):
     ) -> tuple[Tensor, dict[str, float]]:
         """Mean loss of a batch and its terms. Bins above an example's bandwidth don't count."""
         config = self.config
-        clean = batch["clean"]
-        enhanced = self.enhance(batch["noisy"], batch["comb"], gains, strengths)
+        level = batch["noisy"].square().sum(-1).mean((1, 2)).sqrt()
+        scale = (_LOUDEST / (level + _TINY)).clamp(max=1)[:, None, None, None]
+        clean = batch["clean"] * scale
+        enhanced = self.enhance(batch["noisy"] * scale, batch["comb"] * scale, gains, strengths)
         known = self._frequency_hz <= batch["bandwidth_hz"][:, None]
         weights = (known * self._bin_weights)[:, None]
         weights = weights / (weights.sum() * gains.shape[1])

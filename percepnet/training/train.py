@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import json
 import math
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from percepnet.errors import ParameterError
+from percepnet.model import MANIFEST_FILE, Manifest
 from percepnet.training.dataset import Pool, PoolConfig, validation_batches
+from percepnet.training.export import restore
 from percepnet.training.losses import LossConfig, SpectralLoss
 from percepnet.training.network import NetworkConfig, PercepNet
 
@@ -30,20 +32,20 @@ CONFIG = "config.json"
 class TrainConfig:
     """Everything that shapes a run; written beside its checkpoint."""
 
-    steps: int = 4000
+    steps: int = 2000
     batch: int = 32
     learning_rate: float = 1e-3
-    warmup_steps: int = 100
+    warmup_steps: int = 50
     final_share: float = 0.02
     """The learning rate falls along a cosine to this share of its peak."""
     weight_decay: float = 0.01
-    clip_norm: float = 1.0
+    clip_norm: float = 0.05
     muon_iterations: int = 3
-    """Newton-Schulz iterations of the Muon optimizer, which trains the recurrent layers; 0 for AdamW alone."""
-    average_decay: float = 0.998
+    """Newton-Schulz iterations of Muon, which trains the recurrent layers; 0 for AdamW alone."""
+    average_decay: float = 0.98
     """Decay per step of the averaged weights, which are what is exported."""
     seed: int = 1
-    validation_shards: int = 4
+    validation_shards: int = 3
     validation_every: int = 100
     checkpoint_every: int = 50
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -52,10 +54,13 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "TrainConfig":
-        """Read a config; unknown names raise TypeError, absent ones keep their defaults."""
-        fields: dict[str, Any] = json.loads(text)
+        """Read a config; absent names keep their defaults. Raises ParameterError for unknown ones."""
         parts = {"network": NetworkConfig, "loss": LossConfig, "pool": PoolConfig}
-        return cls(**{k: parts[k](**v) if k in parts else v for k, v in fields.items()})
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            return cls(**{k: parts[k](**v) if k in parts else v for k, v in fields.items()})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ParameterError(f"the training config cannot be used: {error}") from error
 
     def to_json(self) -> str:
         """The config as JSON text."""
@@ -87,8 +92,8 @@ class Checkpoint:
 def grow(small: dict[str, Tensor], network: PercepNet) -> None:
     """Start a wide network from a narrow one's weights, computing the same function (after Net2Net).
 
-    The narrow network's units keep their weights and don't listen to the new units yet; the new units start at
-    random and listen to everything, so that both learn from the first step.
+    The narrow network's units keep their weights and don't listen to the new units yet; the new units start
+    at random and listen to everything, so that both learn from the first step.
     """
 
     def blocks(name: str, rows: int, old_rows: int) -> list[tuple[slice, slice]]:
@@ -106,6 +111,17 @@ def grow(small: dict[str, Tensor], network: PercepNet) -> None:
                 else:
                     parameter[new] = 0
                     parameter[new, : source.shape[1]] = source[old]
+
+
+def _starting_point(path: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Weights and normalization of a checkpoint or of an exported model."""
+    if path.suffix == ".onnx":
+        manifest = Manifest.read(path.with_name(MANIFEST_FILE))
+        weights = {name: torch.from_numpy(value.copy()) for name, value in restore(path).items()}
+        normalization = (torch.tensor(v.copy()) for v in (manifest.feature_mean, manifest.feature_scale))
+        return weights, *normalization
+    checkpoint = Checkpoint.load(path)
+    return checkpoint.average, checkpoint.feature_mean, checkpoint.feature_scale
 
 
 def _optimizers(network: PercepNet, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -146,7 +162,6 @@ class Trainer:
         self.device = torch.device(device)
         directory.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
-        random.seed(config.seed)
         self.network = PercepNet(config.network).to(self.device)
         self.loss = SpectralLoss(config.loss).to(self.device)
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
@@ -165,7 +180,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         if checkpoint.config != self.config.to_json():
-            raise ValueError(f"{self.directory} holds a run with another config; choose another folder")
+            raise ParameterError(f"{self.directory} holds a run with another config; choose another folder")
         self.network.load_state_dict(checkpoint.network)
         self.average = {k: v.to(self.device) for k, v in checkpoint.average.items()}
         for optimizer, state in zip(self.optimizers, checkpoint.optimizers, strict=True):
@@ -175,13 +190,12 @@ class Trainer:
         self.step = checkpoint.step
 
     def _measure_features(self, start_from: Path | None) -> None:
-        """Normalization constants: from the first examples, or those of the run whose weights are taken over."""
+        """Normalization constants: from the first examples, or taken over with the weights."""
         if start_from:
-            checkpoint = Checkpoint.load(start_from)
-            grow(checkpoint.average, self.network)
+            weights, mean, scale = _starting_point(start_from)
+            grow(weights, self.network)
             self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-            self.mean = checkpoint.feature_mean.to(self.device)
-            self.scale = checkpoint.feature_scale.to(self.device)
+            self.mean, self.scale = mean.to(self.device), scale.to(self.device)
             return
         features = self.pool.batch(0, 256)["features"].astype(np.float64).reshape(-1, 70)
         self.mean = torch.tensor(features.mean(0), dtype=torch.float32, device=self.device)
