@@ -305,11 +305,11 @@ def restore(path: Path) -> dict[str, np.ndarray]:
     graph = onnx.load(path).graph
     loops = [attribute.g for node in graph.node for attribute in node.attribute if attribute.name == "body"]
     tensors = {
-        tensor.name.partition("/")[2]: numpy_helper.to_array(tensor)
+        tensor.name.partition("/")[2]: numpy_helper.to_array(tensor).copy()
         for part in (graph, *loops)
         for tensor in part.initializer
     } | {
-        f"{loop.name}.{tensor.name.partition('/')[2]}": numpy_helper.to_array(tensor)
+        f"{loop.name}.{tensor.name.partition('/')[2]}": numpy_helper.to_array(tensor).copy()
         for loop in loops
         for tensor in loop.initializer
     }

@@ -117,7 +117,7 @@ def _starting_point(path: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Weights and normalization of a checkpoint or of an exported model."""
     if path.suffix == ".onnx":
         manifest = Manifest.read(path.with_name(MANIFEST_FILE))
-        weights = {name: torch.from_numpy(value.copy()) for name, value in restore(path).items()}
+        weights = {name: torch.from_numpy(value) for name, value in restore(path).items()}
         normalization = (torch.tensor(v.copy()) for v in (manifest.feature_mean, manifest.feature_scale))
         return weights, *normalization
     checkpoint = Checkpoint.load(path)
