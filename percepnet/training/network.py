@@ -235,7 +235,8 @@ class PercepNet(nn.Module):
     """Band gains and pitch-filter strengths from features, causally ([P] section 4).
 
     fast: while training, matrix products take bfloat16 inputs; weights, outputs and the states' sums stay
-    float32. In evaluation mode everything is float32.
+    float32. In evaluation mode everything is float32. On a CPU it pays where bfloat16 is native (AVX512-BF16,
+    AMX): matrix products take half the time.
     """
 
     def __init__(self, config: NetworkConfig | None = None, *, fast: bool = True) -> None:

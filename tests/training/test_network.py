@@ -10,8 +10,13 @@ SMALL = NetworkConfig(fc=16, conv=32, gru=32, strength_gru=16)
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seeded_on_one_thread():
+    """Threads that wait for one another in small products are slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_the_default_network_has_eight_million_weights():
