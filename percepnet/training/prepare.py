@@ -107,7 +107,11 @@ def summary(cache: Path) -> dict[str, Any]:
     Returns: per part hours, counts, and for each source its hours, kinds or speakers, and licences.
     """
     result: dict[str, Any] = {}
-    for name, kind in (("speech", "speaker"), ("noise", "category"), ("rooms", "room")):
+    for name, kind, plural in (
+        ("speech", "speaker", "speakers"),
+        ("noise", "category", "kinds"),
+        ("rooms", "room", "rooms"),
+    ):
         _, table = load_cache(cache, name)
         if not table:
             continue
@@ -116,7 +120,7 @@ def summary(cache: Path) -> dict[str, Any]:
             chosen = table["source"] == source
             sources[str(source)] = {
                 "hours": round(float(table["length"][chosen].sum()) / SAMPLE_RATE / 3600, 3),
-                f"{kind}s": len(set(table[kind][chosen])),
+                plural: len(set(table[kind][chosen])),
                 "licences": sorted({str(licence) for licence in table["licence"][chosen]}),
             }
         full_band = table["bandwidth_hz"] >= 16_000
@@ -124,7 +128,7 @@ def summary(cache: Path) -> dict[str, Any]:
             "hours": round(float(table["length"].sum()) / SAMPLE_RATE / 3600, 3),
             "full_band_hours": round(float(table["length"][full_band].sum()) / SAMPLE_RATE / 3600, 3),
             "recordings": len(table["length"]),
-            f"{kind}s": len(set(table[kind])),
+            plural: len(set(table[kind])),
             "sources": sources,
         }
     return result
