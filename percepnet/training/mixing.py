@@ -10,6 +10,7 @@ import numpy as np
 from scipy import fft, signal
 
 from percepnet.constants import SAMPLE_RATE
+from percepnet.errors import ParameterError
 from percepnet.training.prepare import FULL_SCALE, active_rms, load_cache
 from percepnet.training.rooms import DIRECT
 
@@ -89,10 +90,10 @@ class Mixer:
             cache: folder that `prepare` has written.
             split: `train` or `valid`: disjoint speakers, kinds of noise and rooms.
             seed: with a mixture's index it determines the mixture.
-        Errors: PrepareError for an unusable cache; ValueError for another split.
+        Errors: PrepareError for an unusable cache; ParameterError for another split.
         """
         if split not in ("train", "valid"):
-            raise ValueError(f"split is {split!r}, must be 'train' or 'valid'")
+            raise ParameterError(f"split is {split!r}, must be 'train' or 'valid'")
         self.config = config or MixingConfig()
         self._seed = (seed, int(split == "valid"))
         self._speech_samples, speech = load_cache(cache, "speech")

@@ -20,6 +20,7 @@ from scipy import signal
 from tqdm import tqdm
 
 from percepnet.constants import SAMPLE_RATE
+from percepnet.errors import PercepNetError
 from percepnet.training.rooms import DIRECT, simulate_rooms, trimmed
 
 FORMAT = 1
@@ -43,7 +44,7 @@ _HIGH_PASS = signal.butter(2, 40.0, "highpass", fs=SAMPLE_RATE, output="sos")
 Table = dict[str, np.ndarray]
 
 
-class PrepareError(Exception):
+class PrepareError(PercepNetError):
     """A manifest, a folder or a cache that cannot be used."""
 
 
@@ -388,21 +389,32 @@ def _read_table(path: Path) -> Table:
     return table
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of `prepare`."""
-    parser = argparse.ArgumentParser(description="Decode training audio into a cache.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `percepnet prepare`."""
     parser.add_argument("cache", type=Path, help="folder to write")
-    parser.add_argument("--speech", type=Path, nargs="+", required=True, help="manifests or folders")
-    parser.add_argument("--noise", type=Path, nargs="+", required=True, help="manifests or folders")
-    parser.add_argument("--rooms", type=Path, nargs="*", default=[], help="manifests or folders")
-    parser.add_argument("--simulated-rooms", type=int, default=350)
-    parser.add_argument("--seed", type=int, default=0)
-    options = vars(parser.parse_args(arguments))
-    try:
-        prepare(options.pop("cache"), **options)
-    except PrepareError as error:
-        parser.exit(1, f"{error}\n")
+    sources = "manifests (CSV) or folders of audio"
+    parser.add_argument("--speech", type=Path, nargs="+", required=True, metavar="PATH", help=sources)
+    parser.add_argument("--noise", type=Path, nargs="+", required=True, metavar="PATH", help=sources)
+    parser.add_argument(
+        "--rooms", type=Path, nargs="*", default=[], metavar="PATH", help=f"{sources}: measured responses"
+    )
+    parser.add_argument("--simulated-rooms", type=int, default=350, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the simulated rooms (default: %(default)s)")
 
 
-if __name__ == "__main__":
-    main()
+def run(arguments: argparse.Namespace) -> int:
+    """Prepare a cache and print what it holds; returns the exit code."""
+    prepare(
+        arguments.cache,
+        speech=arguments.speech,
+        noise=arguments.noise,
+        rooms=arguments.rooms,
+        simulated_rooms=arguments.simulated_rooms,
+        seed=arguments.seed,
+    )
+    for name, part in summary(arguments.cache).items():
+        print(
+            f"{name}: {part['hours']:.2f} h in {part['recordings']} recordings, "
+            f"{part['full_band_hours']:.2f} h of it full band"
+        )
+    return 0

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 from scipy import signal
 
+from percepnet.errors import ParameterError
 from percepnet.training.mixing import Mixer, MixingConfig
 from percepnet.training.prepare import active_rms, prepare
 
@@ -51,7 +52,7 @@ def test_splits_share_no_kind_of_noise(training_cache: Path) -> None:
     assert kinds["train"]
     assert kinds["valid"]
     assert not kinds["train"] & kinds["valid"]
-    with pytest.raises(ValueError, match="test"):
+    with pytest.raises(ParameterError, match="test"):
         Mixer(training_cache, "test")
 
 

@@ -8,6 +8,7 @@ import pytest
 import soundfile
 from scipy import signal
 
+from percepnet import cli
 from percepnet.training import prepare as preparation
 from percepnet.training.prepare import (
     FULL_SCALE,
@@ -16,7 +17,6 @@ from percepnet.training.prepare import (
     estimate_bandwidth,
     is_held_out,
     load_cache,
-    main,
     prepare,
     summary,
 )
@@ -196,16 +196,23 @@ def test_unusable_sources_are_refused(tmp_path: Path, noise: Path, damage: str) 
         load_cache(tmp_path / "cache", "speech")
 
 
-def test_the_command_writes_a_cache_or_says_why_not(
+def test_the_command_says_what_it_wrote_or_why_not(
     tmp_path: Path, noise: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit status 1 and one line for the caller's fault."""
-    arguments = ["--noise", str(noise), "--simulated-rooms", "0", "--speech"]
-    main([str(tmp_path / "cache"), *arguments, str(noise)])
+    """A line for each part, or exit status 1 and one line that names the source."""
+    arguments = [
+        "prepare",
+        str(tmp_path / "cache"),
+        "--noise",
+        str(noise),
+        "--simulated-rooms",
+        "0",
+        "--speech",
+    ]
+    assert cli.main([*arguments, str(noise)]) == 0
     assert load_cache(tmp_path / "cache", "noise")[1]["category"][0] == "noise"
-    with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path / "cache"), *arguments, str(tmp_path / "nowhere")])
-    assert stopped.value.code == 1
+    assert "noise: 0.00 h in 1 recordings" in capsys.readouterr().out
+    assert cli.main([*arguments, str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
 
 
