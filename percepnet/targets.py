@@ -41,7 +41,9 @@ def ideal_strengths(
     qp2 = comb_coherence**2
     a = np.maximum(0, qp2 - qs2)
     b = comb_coherence * noisy_coherence * (1 - qs2)
-    alpha = (np.sqrt(b**2 + a * np.maximum(0, qs2 - qx2)) - b) / np.maximum(a, _TINY)
+    c = np.maximum(0, qs2 - qx2)
+    # The same as (√(b² + ac) - b) / a in [P], but exact where a vanishes.
+    alpha = c / np.maximum(np.sqrt(b**2 + a * c) + b, _TINY)
     too_noisy = comb_coherence < clean_coherence
     strengths = np.where(too_noisy, 1, alpha / (1 + alpha))
     attenuation = np.where(too_noisy, np.sqrt((1 + _N0 - qs2) / (1 + _N0 - qp2)), 1)
