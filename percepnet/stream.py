@@ -19,7 +19,7 @@ from percepnet.resample import Resampler, check_rate, shortest_delay
 from percepnet.synthesis import Controls
 
 MAX_LEVEL = 32_768.0
-"""Louder samples (integers taken for floats) are clipped 90 dB over full scale: energies must not overflow."""
+"""Louder samples (integers taken for floats) are clipped: energies must not overflow."""
 
 BLOCK_FRAMES = 200
 """Frames enhanced at once in arrays and files, over all channels together; bounds the memory."""
