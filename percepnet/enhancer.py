@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from percepnet.analysis import AnalysisState, analyze
-from percepnet.constants import HOP
+from percepnet.bands import band_centres_hz
+from percepnet.constants import HOP, SAMPLE_RATE
 from percepnet.features import normalize
 from percepnet.model import Model
-from percepnet.synthesis import Controls, synthesize
+from percepnet.synthesis import Controls, FrameControls, synthesize
 
 
 @dataclass
@@ -19,6 +20,43 @@ class EnhancerState:
     network: dict[str, np.ndarray]
     overlap: np.ndarray
     """Second half of the last synthesis window, float32 (streams, 480)."""
+
+
+_CENTRES_HZ = band_centres_hz()
+_SPEECH_BANDS = (_CENTRES_HZ >= 300) & (_CENTRES_HZ <= 4000)
+_VOICED = 0.3  # pitch correlation from which a frame counts as periodic
+_SILENCE = np.float32(1e-4)  # energy of the speech bands below which there is nothing to judge
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the signal path found out about each frame that it enhanced."""
+
+    energy: np.ndarray
+    """Band energies of the input, float32 (streams, frames, 34)."""
+    gains: np.ndarray
+    """Band gains that the network chose, float32 in [0, 1], (streams, frames, 34)."""
+    period: np.ndarray
+    """Pitch periods in samples at 48 kHz, int (streams, frames)."""
+    correlation: np.ndarray
+    """Pitch correlation, float32 in [0, 1], (streams, frames)."""
+
+    @property
+    def speech_probability(self) -> np.ndarray:
+        """Share of the energy from 300 Hz to 4 kHz that is speech by the gains; float32 (streams, frames)."""
+        energy = self.energy[..., _SPEECH_BANDS]
+        speech = (self.gains[..., _SPEECH_BANDS] ** 2 * energy).sum(axis=-1)
+        return speech / np.maximum(energy.sum(axis=-1), _SILENCE)
+
+    @property
+    def pitch_hz(self) -> np.ndarray:
+        """Fundamental frequency, 0 where the frame is not periodic; float32 (streams, frames)."""
+        return np.where(self.correlation < _VOICED, 0, SAMPLE_RATE / self.period).astype(np.float32)
+
+    @property
+    def mean_gain(self) -> np.ndarray:
+        """Mean of the band gains; float32 (streams, frames)."""
+        return self.gains.mean(axis=-1)
 
 
 class Enhancer:
@@ -36,16 +74,24 @@ class Enhancer:
         )
 
     def process(
-        self, samples: np.ndarray, state: EnhancerState, controls: Controls = Controls()
+        self, samples: np.ndarray, state: EnhancerState, controls: Controls | FrameControls = Controls()
     ) -> tuple[np.ndarray, EnhancerState]:
         """Enhance whole frames of every stream.
 
         samples: (streams, frames·480) float32 at 48 kHz, full scale ±1, finite. Returns as many samples,
         `LATENCY_SAMPLES` late, and the new state; the given one stays as it was.
         """
+        enhanced, _, state = self.process_and_report(samples, state, controls)
+        return enhanced, state
+
+    def process_and_report(
+        self, samples: np.ndarray, state: EnhancerState, controls: Controls | FrameControls
+    ) -> tuple[np.ndarray, Findings, EnhancerState]:
+        """Like `process`, and tell what was found in the frames."""
         manifest = self.model.manifest
         analysis, analysis_state = analyze(samples, state.analysis)
         network_input = normalize(analysis.features, manifest.feature_mean, manifest.feature_scale)
         gains, strengths, network_state = self.model.step(network_input, state.network)
         enhanced, overlap = synthesize(analysis, gains, strengths, state.overlap, controls)
-        return enhanced, EnhancerState(analysis_state, network_state, overlap)
+        findings = Findings(analysis.energy, gains, analysis.period, analysis.correlation)
+        return enhanced, findings, EnhancerState(analysis_state, network_state, overlap)

@@ -38,21 +38,55 @@ class Controls:
         return self.mix if limit is None else self.mix * (1 - 10 ** (-limit / 20))
 
 
+@dataclass(frozen=True)
+class FrameControls:
+    """Controls that differ between streams and move from frame to frame.
+
+    wet: share of the enhanced spectrum, float32 in [0, 1], (streams, frames).
+    sharpening: share of the postfiltered gains, the rest is plain; float32 in [0, 1], (streams, frames).
+    """
+
+    wet: np.ndarray
+    sharpening: np.ndarray
+
+    @classmethod
+    def constant(cls, controls: Controls) -> "FrameControls":
+        """The same for every stream and frame, as arrays of shape (1, 1)."""
+        return cls(
+            np.full((1, 1), controls.wet, np.float32), np.full((1, 1), controls.postfilter, np.float32)
+        )
+
+
 def synthesize(
-    analysis: Analysis, gains: np.ndarray, strengths: np.ndarray, overlap: np.ndarray, controls: Controls
+    analysis: Analysis,
+    gains: np.ndarray,
+    strengths: np.ndarray,
+    overlap: np.ndarray,
+    controls: Controls | FrameControls,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Comb-mix, gain, postfilter, and back to samples.
 
     gains, strengths: (streams, frames, 34) float32 in [0, 1]; overlap: (streams, 480). Returns the samples
     (streams, frames·480) float32, one hop late, and the new overlap.
     """
+    if isinstance(controls, Controls):
+        controls = FrameControls.constant(controls)
     mixed = analysis.noisy + to_bins(strengths) * (analysis.comb - analysis.noisy)
-    if controls.postfilter:
-        gains = postfilter.sharpen(gains, analysis.energy)
+    if controls.sharpening.any():
+        gains = _blend(gains, postfilter.sharpen(gains, analysis.energy), controls.sharpening)
     enhanced = mixed * to_bins(gains * restoration(analysis.energy, band_energy(mixed)))
-    if controls.wet != 1:
-        enhanced = analysis.noisy + np.float32(controls.wet) * (enhanced - analysis.noisy)
-    return stft.inverse(enhanced, overlap)
+    return stft.inverse(_blend(analysis.noisy, enhanced, controls.wet), overlap)
+
+
+def _blend(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """From `start` (share 0) to `end` (share 1), both reached exactly whatever the other frames' shares."""
+    if (share == 1).all():
+        return end
+    share = share[..., np.newaxis]
+    blended = start + share * (end - start)
+    np.copyto(blended, start, where=share == 0)
+    np.copyto(blended, end, where=share == 1)
+    return blended
 
 
 def restoration(energy: np.ndarray, mixed_energy: np.ndarray) -> np.ndarray:
