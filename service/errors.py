@@ -31,11 +31,19 @@ class UploadTimeoutError(ServiceError):
 
 
 class BusyError(ServiceError):
-    """No room for another file now."""
+    """No room for another file or stream now."""
 
 
 class StoppingError(ServiceError):
     """The process ends before the file is done."""
+
+
+class IdleError(ServiceError):
+    """A live stream sent nothing for too long."""
+
+
+class SlowReaderError(ServiceError):
+    """A live stream did not read its answers for too long."""
 
 
 class ClientGoneError(ServiceError):
@@ -75,12 +83,19 @@ ANSWERS: dict[type[Exception], Answer] = {
     ParameterError: Answer(
         "bad_parameter", 422, "INVALID_ARGUMENT", "A parameter is unknown, given twice or out of range."
     ),
+    IdleError: Answer("idle", 408, "DEADLINE_EXCEEDED", "The live stream sent nothing for too long."),
+    SlowReaderError: Answer(
+        "slow_reader", 408, "RESOURCE_EXHAUSTED", "The live stream did not read its answers."
+    ),
     ClientGoneError: Answer("client_gone", 499, "CANCELLED", "The caller hung up."),
     BusyError: Answer("busy", 503, "RESOURCE_EXHAUSTED", "Too many files are being worked on; try again."),
     StoppingError: Answer("stopping", 503, "UNAVAILABLE", "The service is stopping; try again."),
     Exception: Answer("internal", 500, "INTERNAL", "The service failed; the fault is not the caller's."),
 }
 """Looked up by the exception's class, then by its bases, nearest first."""
+
+NOT_ABOUT_FILES = (ClientGoneError, IdleError, SlowReaderError)
+"""Never told to the caller of `/enhance`."""
 
 RETRY_AFTER_SECONDS = 5
 """When to come back after a 503: a file takes about a second a minute of audio."""

@@ -1,9 +1,11 @@
-"""The composition root: settings → model → engine → application → server."""
+"""The composition root: settings → model → engine → REST and gRPC servers."""
 
 import argparse
+import asyncio
 import os
 import sys
 from contextlib import suppress
+from socket import socket
 from types import FrameType
 
 import numpy as np
@@ -13,7 +15,11 @@ from percepnet.constants import HOP
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model, ModelError
 from service import logs
+from service.behind_live import BehindLive
+from service.engine import Engine
+from service.grpc_server import GrpcServer
 from service.health import Health
+from service.metrics import Metrics
 from service.rest import create_app
 from service.settings import Settings, SettingsError, add_arguments, unknown_variables
 
@@ -21,13 +27,19 @@ __all__ = ["Server", "add_arguments", "run"]
 
 
 class Server(uvicorn.Server):
-    """The HTTP server around one engine; it stops being ready as soon as it is told to stop."""
+    """The HTTP and gRPC servers around one engine; they stop being ready as soon as they are told to stop."""
 
     def __init__(self, settings: Settings, enhancer: Enhancer) -> None:
         self.health = Health()
+        metrics = Metrics(enhancer.model)
+        engine = Engine(enhancer, settings.max_streams, metrics)
+        metrics.streams_capacity.set(engine.capacity)
+        metrics.streams_active.set_function(lambda: engine.active)
+        files = BehindLive(enhancer, engine)
+        self.grpc = GrpcServer(settings, engine, files, metrics)
         super().__init__(
             uvicorn.Config(
-                create_app(settings, enhancer, self.health),
+                create_app(settings, files, self.health, metrics),
                 host=settings.http_listen.host,
                 port=settings.http_listen.port,
                 log_config=None,
@@ -36,6 +48,20 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=settings.shutdown_grace_seconds,  # type: ignore[arg-type]
             )
         )
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Listen on both ports; ends the process if one of them cannot be had."""
+        try:
+            await self.grpc.start(self.health)
+        except RuntimeError as error:
+            logs.logger.error("cannot listen for gRPC: %s", error)
+            raise SystemExit(1) from error
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Let files and live streams end, within the grace."""
+        self.health.stopping = True
+        await asyncio.gather(super().shutdown(sockets), self.grpc.stop())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop, on SIGTERM or SIGINT."""

@@ -13,6 +13,7 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 
 from percepnet.model import Model
+from service.cpu import CpuStages
 
 disable_created_metrics()  # a second series beside each, which nobody asks for
 
@@ -20,6 +21,25 @@ disable_created_metrics()  # a second series beside each, which nobody asks for
 _DURATION_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 # From a probe's answer to an hour of studio audio.
 _SIZE_BYTES = tuple(4.0**power for power in range(5, 16))
+# Close around the 10 ms after which the next frame is there.
+_LATENCY_SECONDS = (
+    0.001,
+    0.002,
+    0.003,
+    0.004,
+    0.005,
+    0.006,
+    0.008,
+    0.01,
+    0.0125,
+    0.015,
+    0.02,
+    0.03,
+    0.05,
+    0.1,
+    1,
+)
+_STREAMS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 class Metrics:
@@ -80,6 +100,46 @@ class Metrics:
             "Files that wait for their turn on the CPU.",
             registry=self.registry,
         )
+        self.streams_active = Gauge(
+            "percepnet_streams_active",
+            "Live streams that are open.",
+            registry=self.registry,
+        )
+        self.streams_capacity = Gauge(
+            "percepnet_streams_capacity",
+            "Live streams that may be open at once.",
+            registry=self.registry,
+        )
+        self.streams = Counter(
+            "percepnet_streams",
+            "Live streams that ended or were refused, by outcome: ok or the code of their failure.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.stream_audio = Counter(
+            "percepnet_stream_audio_seconds",
+            "Audio that came in on live streams.",
+            registry=self.registry,
+        )
+        self.stream_latency = Histogram(
+            "percepnet_stream_latency_seconds",
+            "From the arrival of the last sample that an answer needs to the answer's being written.",
+            buckets=_LATENCY_SECONDS,
+            registry=self.registry,
+        )
+        self.deadline_misses = Counter(
+            "percepnet_deadline_misses",
+            "Answers of live streams that took longer than 10 ms.",
+            registry=self.registry,
+        )
+        self.tick_streams = Histogram(
+            "percepnet_tick_streams",
+            "Live streams enhanced together in a round of the engine.",
+            buckets=_STREAMS,
+            registry=self.registry,
+        )
+        self.cpu = CpuStages()
+        self.registry.register(self.cpu)
         build = Gauge(
             "percepnet_build_info",
             "What runs here.",

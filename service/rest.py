@@ -18,7 +18,14 @@ from percepnet.enhancer import Enhancer
 from percepnet.stream import Summary, enhance_file
 from service import download, health, upload
 from service.download import Download
-from service.errors import ANSWERS, ClientGoneError, TooLargeError, documented_problems, problem_response
+from service.errors import (
+    ANSWERS,
+    NOT_ABOUT_FILES,
+    ClientGoneError,
+    TooLargeError,
+    documented_problems,
+    problem_response,
+)
 from service.jobs import Checkpoint, FileJobs
 from service.metrics import Metrics
 from service.observe import Observe
@@ -95,13 +102,13 @@ def _enhance(
     return summary, time.thread_time() - cpu_started
 
 
-def create_app(settings: Settings, enhancer: Enhancer, state: health.Health) -> FastAPI:
+def create_app(settings: Settings, enhancer: Enhancer, state: health.Health, metrics: Metrics) -> FastAPI:
     """The application that serves one engine.
 
     settings: limits of the deployment. enhancer: shared by all requests. state: what `/readyz` tells.
+    metrics: what `/metrics` tells.
     """
     jobs = FileJobs(settings.file_workers, settings.max_requests)
-    metrics = Metrics(enhancer.model)
     metrics.files_capacity.set(settings.max_requests)
     metrics.files_accepted.set_function(lambda: jobs.accepted)
     metrics.files_waiting.set_function(lambda: jobs.waiting)
@@ -141,7 +148,7 @@ def create_app(settings: Settings, enhancer: Enhancer, state: health.Health) -> 
         response_class=Response,
         responses={
             200: download.DOCUMENTATION,
-            **documented_problems(kind for kind in ANSWERS if kind is not ClientGoneError),
+            **documented_problems(kind for kind in ANSWERS if kind not in NOT_ABOUT_FILES),
         },
         openapi_extra={"parameters": Parameters.documentation(), "requestBody": upload.DOCUMENTATION},
     )

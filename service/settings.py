@@ -85,6 +85,10 @@ class Settings:
         default=Address("0.0.0.0", 8080),
         metadata=_meaning(Address.parse, "address of the HTTP server, HOST:PORT"),
     )
+    grpc_listen: Address = field(
+        default=Address("0.0.0.0", 50051),
+        metadata=_meaning(Address.parse, "address of the gRPC server, HOST:PORT"),
+    )
     model: Path | None = field(
         default=None, metadata=_meaning(Path, "a model.onnx or its folder, in place of the bundled model")
     )
@@ -105,8 +109,20 @@ class Settings:
         default=30.0,
         metadata=_meaning(_seconds, "longest wait in seconds for a caller to send or take a piece of a file"),
     )
+    max_streams: int = field(
+        default=32, metadata=_meaning(_whole(1), "live streams at once; more are told to come back")
+    )
+    stream_idle_seconds: float = field(
+        default=30.0,
+        metadata=_meaning(_seconds, "time in seconds until a stream that sends or reads nothing ends"),
+    )
+    stream_queue_seconds: float = field(
+        default=1.0,
+        metadata=_meaning(_seconds, "audio in seconds that a stream may have unanswered"),
+    )
     shutdown_grace_seconds: float = field(
-        default=30.0, metadata=_meaning(_seconds, "time in seconds for held files to finish after SIGTERM")
+        default=30.0,
+        metadata=_meaning(_seconds, "time in seconds for held files and live streams to end after SIGTERM"),
     )
     log_level: str = field(
         default="info", metadata=_meaning(_log_level, f"least severe lines logged: {', '.join(LOG_LEVELS)}")

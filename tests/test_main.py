@@ -40,7 +40,8 @@ def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
 
 def test_the_service_starts_answers_and_stops_on_sigterm(tmp_path: Path) -> None:
     model = export_random_model(tmp_path, fc=32, conv=64, gru=64, strength_gru=32)
-    environment = {**os.environ, "PERCEPNET_HTTP_LISTEN": "127.0.0.1:0", "PERCEPNET_MODLE": "x"}
+    listen = {"PERCEPNET_HTTP_LISTEN": "127.0.0.1:0", "PERCEPNET_GRPC_LISTEN": "127.0.0.1:0"}
+    environment = {**os.environ, **listen, "PERCEPNET_MODLE": "x"}
     command = [sys.executable, "-c", SERVE, "--model", str(model)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

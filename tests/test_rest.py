@@ -84,7 +84,8 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def serving(enhancer: Enhancer, **choices: Any) -> Iterator[Service]:
-    server = Server(Settings(http_listen=Address("127.0.0.1", 0), **choices), enhancer)
+    anywhere = Address("127.0.0.1", 0)
+    server = Server(Settings(http_listen=anywhere, grpc_listen=anywhere, **choices), enhancer)
     thread = threading.Thread(target=server.run)
     thread.start()
     eventually(lambda: server.started, "the server")

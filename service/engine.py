@@ -1,0 +1,364 @@
+"""The engine of live streams: sessions bring samples, each round enhances the frames of all that are ready.
+
+Nothing here waits or knows the network: `service.ticker` says when a round runs, `service.grpc_server`
+carries bytes. The memory of all sessions lies in one state with a row per session.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from math import gcd
+
+import numpy as np
+
+from percepnet import rows
+from percepnet.constants import HOP, SAMPLE_RATE
+from percepnet.enhancer import Enhancer, Findings
+from percepnet.stream import FrameAdapter
+from percepnet.synthesis import Controls, FrameControls
+from service import pcm
+from service.cpu import CpuStages, MeteredModel
+from service.errors import BusyError
+from service.metrics import Metrics
+
+RAMP_FRAMES = 5
+"""Frames, 50 ms, over which a parameter goes from one end of its range to the other."""
+
+ROUND_FRAMES = 16
+"""Frames of a round, all sessions together, unless more sessions are ready: one that sends faster than it
+speaks must not keep the others waiting."""
+
+DEADLINE_SECONDS = HOP / SAMPLE_RATE
+"""A frame should be answered before the next one is there."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a session was opened with."""
+
+    sample_rate: int
+    encoding: np.dtype = pcm.S16LE
+    controls: Controls = Controls()
+    message_samples: int = 0
+    """In every message, or 0 for any number."""
+    compensate_delay: bool = False
+    report: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """Means over the frames enhanced since the last report."""
+
+    speech_probability: float
+    pitch_hz: float
+    mean_gain: float
+
+
+@dataclass(slots=True)
+class Answer:
+    """What answers one message: its samples, or the new controls."""
+
+    since: float
+    """When the last sample it needed came, by the engine's clock."""
+    position: int
+    audio: bytes = b""
+    n_samples: int = 0
+    flushed: bool = False
+    controls: Controls | None = None
+    report: Report | None = None
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A message that waits for its answer."""
+
+    n_samples: int
+    since: float
+    flushed: bool = False
+    controls: Controls | None = None
+
+
+class Session:
+    """One live mono stream.
+
+    Answers come in the order of the messages, into `answers`; `on_answer` is called after some were added.
+    `error` is set, and `on_answer` called, when the engine gives the session up.
+    """
+
+    def __init__(self, engine: "Engine", row: int, options: Options, on_answer: Callable[[], None]) -> None:
+        self.row = row
+        self.options = options
+        self.answers: deque[Answer] = deque()
+        self.error: Exception | None = None
+        self.n_samples = 0  # over all passages, for the books
+        self.n_passages = 0  # that were flushed
+        self.on_answer = on_answer
+        self._engine = engine
+        self._begin()
+        self.delay_samples = self._adapter.latency_samples + self._prefill
+
+    def _begin(self) -> None:
+        """Start a passage."""
+        options = self.options
+        self._adapter = FrameAdapter(options.sample_rate, 1)
+        self._prefill = prefill(options.sample_rate, options.message_samples)
+        delay = self._adapter.latency_samples + self._prefill
+        self._frames = np.zeros(0, np.float32)
+        self._since = 0.0  # when the newest whole frame was complete
+        self._n_heard = self._n_asked = self._n_answered = self._n_made = 0
+        self._lead_in = delay if options.compensate_delay else 0  # samples that nobody asks for
+        self._shift = self._lead_in - delay  # from output samples to input samples
+        self._made: deque[np.ndarray] = deque()
+        self._asked: deque[_Asked] = deque()
+        self._report = np.zeros(4)  # sums over frames, and their number
+        self._drop = self._lead_in
+        self._keep(np.zeros(self._prefill, options.encoding))
+
+    @property
+    def n_frames(self) -> int:
+        """Whole frames that wait to be enhanced."""
+        return len(self._frames) // HOP
+
+    @property
+    def queued_samples(self) -> int:
+        """Samples asked for whose answers were not taken yet."""
+        return sum(asked.n_samples for asked in self._asked) + sum(a.n_samples for a in self.answers)
+
+    def push(self, samples: np.ndarray, now: float) -> None:
+        """Take the samples of one message, float32 (n,); not while a flush is under way."""
+        self.n_samples += len(samples)
+        self._n_heard += len(samples)
+        due = max(0, self._n_heard - self._lead_in)
+        self._ask(_Asked(due - self._n_asked, now))
+        self._hear(samples, now)
+
+    def update(self, controls: Controls, now: float) -> None:
+        """Change the parameters from the next frame on; at once if the passage has not begun."""
+        self._engine.aim(self.row, controls, at_once=not self._n_heard)
+        self._ask(_Asked(0, now, controls=controls))
+        self._settle(now)
+
+    def flush(self, now: float) -> None:
+        """Ask for the tail; the passage ends with its answer, and a new one begins."""
+        rest = self._n_heard + self.delay_samples - self._lead_in - self._n_asked
+        self._ask(_Asked(rest, now, flushed=True))
+        hop = math.ceil(self.options.sample_rate * HOP / SAMPLE_RATE)
+        # A hop of silence rounds the last frame up, one more covers the rounding between the rates.
+        self._hear(np.zeros(self._adapter.latency_samples + 2 * hop, np.float32), now)
+
+    def take_frames(self, n_frames: int) -> np.ndarray:
+        """The oldest waiting frames, float32 (n_frames·480,)."""
+        frames, self._frames = self._frames[: n_frames * HOP], self._frames[n_frames * HOP :]
+        return frames
+
+    def deliver(self, samples: np.ndarray, found: np.ndarray | None) -> None:
+        """Take enhanced frames, float32 (frames·480,), and what was found in them, (3, frames)."""
+        ready = self._adapter.from_frames(samples[np.newaxis])[0]
+        self._n_made += len(ready)
+        self._keep(pcm.encode(ready, self.options.encoding))
+        if found is not None:
+            self._report += (*found.sum(axis=1), found.shape[1])
+        self._settle(self._since)
+
+    def fail(self, error: Exception) -> None:
+        """Give the session up."""
+        self.error = self.error or error
+        self._frames = self._frames[:0]
+        self.on_answer()
+
+    def _ask(self, asked: _Asked) -> None:
+        self._n_asked += asked.n_samples
+        self._asked.append(asked)
+
+    def _hear(self, samples: np.ndarray, now: float) -> None:
+        frames = self._adapter.to_frames(samples[np.newaxis])[0]
+        if len(frames):
+            self._frames = np.concatenate([self._frames, frames]) if len(self._frames) else frames
+            self._since = now
+            self._engine.expect(self)
+        self._settle(now)
+
+    def _keep(self, samples: np.ndarray) -> None:
+        dropped = min(self._drop, len(samples))
+        self._drop -= dropped
+        if dropped < len(samples):
+            self._made.append(samples[dropped:])
+
+    def _settle(self, now: float) -> None:
+        """Answer the messages whose samples are there."""
+        n_there = sum(len(samples) for samples in self._made)
+        answered = False
+        while self._asked and self._asked[0].n_samples <= n_there:
+            asked = self._asked.popleft()
+            n_there -= asked.n_samples
+            self.answers.append(self._answer(asked, max(now, asked.since)))
+            answered = True
+            if asked.flushed:
+                self.n_passages += 1
+                self._begin()
+                self._engine.forget(self)
+                break
+        if answered:
+            self.on_answer()
+
+    def _answer(self, asked: _Asked, since: float) -> Answer:
+        if asked.controls is not None:
+            position = max(0, self._n_made - self._adapter.latency_samples)
+            return Answer(since, position, controls=asked.controls)
+        position = self._n_answered + self._shift
+        self._n_answered += asked.n_samples
+        answer = Answer(since, position, self._take(asked.n_samples), asked.n_samples, asked.flushed)
+        if self._report[3]:
+            answer.report = Report(*(float(total / self._report[3]) for total in self._report[:3]))
+            self._report[:] = 0
+        return answer
+
+    def _take(self, n_samples: int) -> bytes:
+        """The next output samples as bytes."""
+        if n_samples and len(self._made[0]) == n_samples:
+            return self._made.popleft().tobytes()
+        samples = np.concatenate([np.zeros(0, self.options.encoding), *self._made])
+        self._made.clear()
+        if n_samples < len(samples):
+            self._made.append(samples[n_samples:])
+        return samples[:n_samples].tobytes()
+
+
+class Engine:
+    """All live streams of one process, on one enhancer.
+
+    capacity: streams at once. on_work: called when frames came while none waited. All methods are called from
+    one thread.
+    """
+
+    def __init__(self, enhancer: Enhancer, capacity: int, metrics: Metrics) -> None:
+        self._model = MeteredModel(enhancer.model)
+        self._enhancer = Enhancer(self._model)
+        self._metrics = metrics
+        self.capacity = capacity
+        self.cpu: CpuStages = metrics.cpu
+        self.on_work: Callable[[], None] = lambda: None
+        self.quiet = threading.Event()
+        """Set while no frames wait; files have the CPU then."""
+        self.quiet.set()
+        self._free = list(range(capacity))[::-1]
+        self._ready: dict[Session, None] = {}  # a set that keeps the order of arrival
+        self._state = enhancer.initial_state(capacity)
+        self._nothing_heard = enhancer.initial_state(1)
+        # Rows: share of the enhanced spectrum, share of the postfiltered gains.
+        self._now = np.ones((2, capacity), np.float32)
+        self._aim = np.ones((2, capacity), np.float32)
+
+    @property
+    def active(self) -> int:
+        """Sessions that are open."""
+        return self.capacity - len(self._free)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether frames wait."""
+        return bool(self._ready)
+
+    def open(self, options: Options, on_answer: Callable[[], None]) -> Session:
+        """Begin a session; raises BusyError if there is no room, ParameterError for a rate out of range."""
+        if not self._free:
+            raise BusyError(f"all {self.capacity} live streams of this server are taken")
+        session = Session(self, self._free[-1], options, on_answer)
+        row = self._free.pop()
+        self.aim(row, options.controls, at_once=True)
+        self.forget(session)
+        return session
+
+    def close(self, session: Session) -> None:
+        """End a session; frames that wait are dropped."""
+        self._ready.pop(session, None)
+        self._free.append(session.row)
+        self._rest()
+
+    def aim(self, row: int, controls: Controls, *, at_once: bool) -> None:
+        """Let a row's parameters go to new values from its next frame on."""
+        self._aim[:, row] = controls.wet, controls.postfilter
+        if at_once:
+            self._now[:, row] = self._aim[:, row]
+
+    def forget(self, session: Session) -> None:
+        """Put a session's memory back to the beginning of a passage; frames that wait are dropped."""
+        self._ready.pop(session, None)
+        self._rest()
+        rows.put(self._state, np.array([session.row]), self._nothing_heard)
+        self._now[:, session.row] = self._aim[:, session.row]
+
+    def expect(self, session: Session) -> None:
+        """A session has whole frames waiting."""
+        if not self._ready:
+            self.quiet.clear()
+            self.on_work()
+        self._ready[session] = None
+
+    def run_round(self) -> None:
+        """Enhance the same number of frames of every session that has some, and answer what can be."""
+        sessions = [session for session in self._ready if session.n_frames]
+        self._ready = dict.fromkeys(sessions)
+        if not sessions:
+            self._rest()
+            return
+        started, network_before = time.thread_time(), self._model.cpu_seconds
+        n_frames = min(min(s.n_frames for s in sessions), max(1, ROUND_FRAMES // len(sessions)))
+        self._metrics.tick_streams.observe(len(sessions))
+        try:
+            self._enhance(sessions, n_frames)
+        except Exception as error:
+            logging.getLogger(__name__).exception("a round of %d streams failed", len(sessions))
+            for session in sessions:
+                session.fail(error)
+        self._ready = dict.fromkeys(session for session in self._ready if session.n_frames)
+        self._rest()
+        network = self._model.cpu_seconds - network_before
+        self.cpu.network += network
+        self.cpu.dsp += time.thread_time() - started - network
+
+    def _enhance(self, sessions: list[Session], n_frames: int) -> None:
+        index = np.array([session.row for session in sessions])
+        samples = np.stack([session.take_frames(n_frames) for session in sessions])
+        wet, sharpening = self._ramp(index, n_frames)
+        enhanced, findings, state = self._enhancer.process_and_report(
+            samples, rows.take(self._state, index), FrameControls(wet, sharpening)
+        )
+        rows.put(self._state, index, state)
+        found = _found(findings) if any(session.options.report for session in sessions) else None
+        for i, session in enumerate(sessions):
+            report = found[:, i] if found is not None and session.options.report else None
+            session.deliver(enhanced[i], report)
+
+    def _ramp(self, index: np.ndarray, n_frames: int) -> np.ndarray:
+        """The parameters of the next frames, float32 (2, streams, frames)."""
+        now, aim = self._now[:, index, np.newaxis], self._aim[:, index, np.newaxis]
+        reach = np.arange(1, n_frames + 1, dtype=np.float32) / np.float32(RAMP_FRAMES)
+        frames = np.where(np.abs(aim - now) <= reach, aim, now + np.copysign(reach, aim - now))
+        self._now[:, index] = frames[..., -1]
+        return frames
+
+    def _rest(self) -> None:
+        if not self._ready:
+            self.quiet.set()
+
+
+def prefill(sample_rate: int, message_samples: int) -> int:
+    """Silent samples before a stream's output that let it answer every message at once.
+
+    message_samples: in every message, or 0 for any number. Between two frames up to 479 samples at 48 kHz
+    wait; fewer when all messages are multiples of a length that divides the frame.
+    """
+    length = Fraction(message_samples * SAMPLE_RATE, sample_rate)
+    step = gcd(int(length), HOP) if message_samples and length.denominator == 1 else 1
+    return (HOP - step) * sample_rate // SAMPLE_RATE
+
+
+def _found(findings: Findings) -> np.ndarray:
+    """Speech probability, pitch in Hz, mean gain: (3, streams, frames)."""
+    return np.stack([findings.speech_probability, findings.pitch_hz, findings.mean_gain])

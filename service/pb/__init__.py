@@ -1,0 +1,1 @@
+"""Code generated from `protos/`; `python -m service.pb.generate` writes it again."""

@@ -1,0 +1,26 @@
+"""Between the bytes of the wire and float32 samples with full scale ±1."""
+
+import numpy as np
+
+from percepnet.stream import MAX_LEVEL
+
+S16LE = np.dtype("<i2")
+F32LE = np.dtype("<f4")
+
+_FULL_SCALE = np.float32(32_768)
+
+
+def decode(data: bytes, encoding: np.dtype) -> np.ndarray:
+    """Samples float32 (n,) that no stage chokes on: what is not finite is silent; data: whole samples."""
+    samples = np.frombuffer(data, encoding)
+    if encoding == S16LE:
+        return samples / _FULL_SCALE
+    finite = np.where(np.isfinite(samples), samples, np.float32(0))
+    return finite.clip(-MAX_LEVEL, MAX_LEVEL)
+
+
+def encode(samples: np.ndarray, encoding: np.dtype) -> np.ndarray:
+    """Samples of any shape in the type of the wire; integers saturate at full scale."""
+    if encoding == S16LE:
+        return np.rint(samples * _FULL_SCALE).clip(-32_768, 32_767).astype(S16LE)
+    return samples.astype(F32LE, copy=False)

@@ -1,0 +1,77 @@
+"""The proto follows buf's standard rules, every part is explained, the code is what protoc makes of it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from google.protobuf import descriptor_pb2
+
+from service.pb import generate
+
+protoc = pytest.importorskip("grpc_tools.protoc")
+
+PACKAGE = "percepnet_service.v1"
+
+
+@pytest.fixture(scope="module")
+def proto(tmp_path_factory: pytest.TempPathFactory) -> descriptor_pb2.FileDescriptorProto:
+    path = tmp_path_factory.mktemp("descriptors") / "set.binpb"
+    options = [f"-I{generate.PROTOS}", "--include_source_info", f"--descriptor_set_out={path}"]
+    assert protoc.main(["protoc", *options, generate.PROTO]) == 0
+    (file,) = descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file
+    return file
+
+
+def test_the_committed_code_is_what_the_compiler_writes(tmp_path: Path) -> None:
+    generate.generate(tmp_path)
+    written = sorted(path for path in tmp_path.rglob("*.py*"))
+    assert len(written) == 2
+    for path in written:
+        committed = generate.ROOT / path.relative_to(tmp_path)
+        assert committed.read_text() == path.read_text(), "run python -m service.pb.generate"
+
+
+def test_the_package_is_versioned_and_names_its_folder(proto: descriptor_pb2.FileDescriptorProto) -> None:
+    assert proto.package == PACKAGE
+    assert proto.name == "percepnet_service/v1/enhancement.proto"
+
+
+def test_names_follow_the_rules(proto: descriptor_pb2.FileDescriptorProto) -> None:
+    """buf's STANDARD category: cases, suffixes, enum prefixes, one request and one response per method."""
+    for message in proto.message_type:
+        assert re.fullmatch(r"([A-Z][a-z0-9]*)+", message.name)
+        for field in message.field:
+            assert re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", field.name)
+    for enum in proto.enum_type:
+        prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", enum.name).upper()
+        assert (enum.value[0].name, enum.value[0].number) == (f"{prefix}_UNSPECIFIED", 0)
+        assert all(value.name.startswith(f"{prefix}_") for value in enum.value)
+    used = []
+    for service in proto.service:
+        assert service.name.endswith("Service")
+        for method in service.method:
+            assert method.input_type == f".{PACKAGE}.{method.name}Request"
+            assert method.output_type == f".{PACKAGE}.{method.name}Response"
+            used += [method.input_type, method.output_type]
+    assert len(set(used)) == len(used)
+
+
+def paths(proto: descriptor_pb2.FileDescriptorProto) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Everything that needs a comment, with its path in the descriptor (descriptor.proto, field numbers)."""
+    for i, message in enumerate(proto.message_type):
+        yield message.name, (4, i)
+        real = (j for j, oneof in enumerate(message.oneof_decl) if not oneof.name.startswith("_"))
+        yield from ((f"{message.name}.{message.oneof_decl[j].name}", (4, i, 8, j)) for j in real)
+        yield from ((f"{message.name}.{field.name}", (4, i, 2, j)) for j, field in enumerate(message.field))
+    for i, enum in enumerate(proto.enum_type):
+        yield enum.name, (5, i)
+        yield from ((value.name, (5, i, 2, j)) for j, value in enumerate(enum.value))
+    for i, service in enumerate(proto.service):
+        yield service.name, (6, i)
+        yield from ((method.name, (6, i, 2, j)) for j, method in enumerate(service.method))
+
+
+def test_everything_has_a_comment(proto: descriptor_pb2.FileDescriptorProto) -> None:
+    commented = {tuple(at.path) for at in proto.source_code_info.location if at.leading_comments.strip()}
+    assert [name for name, path in paths(proto) if path not in commented] == []
