@@ -81,14 +81,15 @@ def test_the_given_state_stays_as_it_was():
 
 
 def test_the_caller_may_overwrite_its_buffer():
-    samples = signals.voices(8)
-    expected = _in_pieces(samples, {4})
-    buffer = samples[:, : 4 * HOP].copy()
+    """Even one longer than what the state remembers."""
+    samples = signals.voices(15)
+    expected = _in_pieces(samples, {12})
+    buffer = samples[:, : 12 * HOP].copy()
     first, state = analyze(buffer, AnalysisState.initial(4))
     buffer[:] = np.nan
-    second, _ = analyze(samples[:, 4 * HOP :], state)
-    np.testing.assert_array_equal(first.features, expected.features[:, :4])
-    np.testing.assert_array_equal(second.features, expected.features[:, 4:])
+    second, _ = analyze(samples[:, 12 * HOP :], state)
+    np.testing.assert_array_equal(first.features, expected.features[:, :12])
+    np.testing.assert_array_equal(second.features, expected.features[:, 12:])
 
 
 @pytest.mark.parametrize(
