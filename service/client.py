@@ -7,6 +7,7 @@ from typing import Any, Self
 import grpc
 import numpy as np
 
+from percepnet.errors import ParameterError
 from percepnet.synthesis import Controls
 from service import pcm
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
@@ -39,7 +40,14 @@ class LiveStream:
         return self.started.delay_samples
 
     def push(self, samples: np.ndarray) -> np.ndarray:
-        """Send samples, float32 (n,) with full scale ±1, and wait for the answer: (n,) float32."""
+        """Send samples, float32 (n,) with full scale ±1, and wait for the answer: (n,) float32.
+
+        Raises ParameterError if n is no multiple of a stated `message_samples`: the answer would wait for
+        samples that nobody sends meanwhile.
+        """
+        step = self.started.config.message_samples
+        if step and len(samples) % step:
+            raise ParameterError(f"{len(samples)} samples; this stream takes multiples of {step}")
         data = samples.astype(pcm.F32LE).tobytes()
         return self._audio(pb.EnhanceStreamRequest(audio=data))
 

@@ -12,8 +12,8 @@ them, and what comes in meanwhile is read, and later answered, in one go."""
 class Ticker:
     """Runs the rounds of an engine.
 
-    The rounds block the event loop on purpose: a thread of their own would fight the transport for the
-    interpreter, and its wake-ups would cost more than the waiting.
+    The rounds block the event loop on purpose: on one core a thread of their own would have to take turns
+    with the transport all the same, for the core and for the interpreter, and to wake it with every answer.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from percepnet.enhancer import Enhancer
+from percepnet.errors import ParameterError
 from percepnet.model import Model
 from percepnet.stream import enhance
 from percepnet.synthesis import Controls
@@ -155,6 +156,8 @@ def test_a_stream_is_told_its_settings_with_all_defaults(service: Service) -> No
         assert (config.parameters.mix, config.parameters.postfilter) == (1, True)
         assert not config.parameters.HasField("attenuation_limit_db")
         assert stream.started.idle_timeout_seconds == 30
+        with pytest.raises(ParameterError, match="7 samples; this stream takes multiples of 480"):
+            stream.push(noise(7))
 
 
 def test_closing_the_sending_side_flushes_the_tail(service: Service, enhancer: Enhancer) -> None:
