@@ -54,9 +54,13 @@ class Server(uvicorn.Server):
         try:
             await self.grpc.start(self.health)
         except RuntimeError as error:
-            logs.logger.error("cannot listen for gRPC: %s", error)
+            logs.logger.error("cannot listen for gRPC, --grpc-listen chooses another port: %s", error)
             raise SystemExit(1) from error
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            await self.grpc.stop()
+            raise
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Let files and live streams end, within the grace."""

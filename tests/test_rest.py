@@ -546,7 +546,7 @@ def test_the_grace_after_which_work_is_dropped_is_kept(paced: Paced) -> None:
         with serving(paced, shutdown_grace_seconds=0.1) as service:
             answer = callers.submit(service.enhance, encoded(np.zeros(60 * 48_000), 48_000, "FLAC"))
             eventually(lambda: paced.blocks == 1, "the first block")
-            threading.Timer(0.5, paced.permits.release, [3]).start()
+            threading.Timer(2.0, paced.permits.release, [3]).start()
         assert_problem(answer.result(timeout=TIMEOUT_SECONDS), 503, "stopping")
         assert paced.blocks <= 4
 
