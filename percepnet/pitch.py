@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.fft
-import scipy.signal
 
 from percepnet.constants import MAX_PERIOD, MIN_PERIOD, SAMPLE_RATE
 
@@ -42,7 +41,7 @@ def _low_pass() -> np.ndarray:
 
 
 _LOW_PASS = _low_pass()
-_HANN = scipy.signal.get_window("hann", PASSAGE).astype(np.float32)
+_HANN = np.hanning(PASSAGE + 1)[:-1].astype(np.float32)
 
 
 def _autocorrelation(passages: np.ndarray) -> np.ndarray:
