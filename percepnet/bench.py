@@ -182,6 +182,8 @@ def report(engine: Enhancer, streams: Sequence[int], seconds: float, file_length
     """The report, piece by piece as it is measured, in Markdown."""
     manifest = engine.model.manifest
     with one_core() as pinned:
+        begun = time.perf_counter()
+        cpu_begun = time.process_time()
         yield f"{machine()}; {pinned}."
         yield (
             f"Model {manifest.name} {manifest.version}, {manifest.n_weights / 1e6:.1f} M weights, "
@@ -198,6 +200,11 @@ def report(engine: Enhancer, streams: Sequence[int], seconds: float, file_length
             f"{file_length / cpu_seconds:.0f} × real time."
         )
         yield f"Difference from the signal path in float64: {error_db(engine, min(seconds, 3)):.0f} dB."
+        own_share = (time.process_time() - cpu_begun) / (time.perf_counter() - begun)
+        yield (
+            f"This process had {own_share:.0%} of its core; the machine's load was {os.getloadavg()[0]:.1f} "
+            "(1.0: nothing else ran). Work on other cores raises these times, too: it shares the caches."
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

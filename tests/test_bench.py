@@ -67,7 +67,7 @@ def test_voices_are_whole_frames_within_full_scale_and_differ():
 
 
 def test_the_report_names_machine_and_model_and_fills_its_table(engine):
-    machine, model, _, table, file, error = bench.report(engine, [1, 3], 0.1, 0.2)
+    machine, model, _, table, file, error, quiet = bench.report(engine, [1, 3], 0.1, 0.2)
     assert "onnxruntime" in machine
     assert "core" in machine
     assert model == "Model random 0, 0.1 M weights, int8."
@@ -81,3 +81,4 @@ def test_the_report_names_machine_and_model_and_fills_its_table(engine):
         assert float(row[-2]) <= float(row[-1])
     assert file.startswith("A file of 0.2 s: ")
     assert error.endswith(" dB.")
+    assert "% of its core" in quiet
