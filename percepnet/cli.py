@@ -53,7 +53,7 @@ COMMANDS = {
     "prepare": Command("turn recordings into training data", "percepnet.training.prepare", "train"),
     "train": Command("train a network", "percepnet.training.train", "train"),
     "export": Command("turn a trained network into a model", "percepnet.training.export", "train"),
-    "evaluate": Command("score a model", "percepnet.training.evaluate", "train"),
+    "evaluate": Command("score a model", "percepnet.training.evaluate", "measure"),
 }
 
 
