@@ -5,10 +5,9 @@ stream does reaches another one, and nothing stays behind.
 """
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from running import TIMEOUT_SECONDS, eventually, running
 
 from percepnet.enhancer import Enhancer
 from percepnet.errors import ParameterError
@@ -30,7 +30,6 @@ from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 from service.settings import Address, Settings
 
 RATE = 16_000
-TIMEOUT_SECONDS = 100
 """Ends a test that hangs; nothing is measured with it."""
 
 Request = pb.EnhanceStreamRequest
@@ -79,27 +78,12 @@ class Service:
         self.http.close()
 
 
-def eventually(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.01)
-
-
 @contextmanager
 def serving(enhancer: Enhancer, **choices: Any) -> Iterator[Service]:
-    anywhere = Address("127.0.0.1", 0)
-    server = Server(Settings(http_listen=anywhere, grpc_listen=anywhere, **choices), enhancer)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    eventually(lambda: server.started, "the server")
-    service = Service(server)
-    try:
+    with ExitStack() as after_the_server, running(enhancer, **choices) as server:
+        service = Service(server)
+        after_the_server.callback(service.close)
         yield service
-    finally:
-        server.should_exit = True
-        thread.join()
-        service.close()
 
 
 @pytest.fixture(scope="module")

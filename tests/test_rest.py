@@ -11,10 +11,9 @@ import os
 import socket
 import struct
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
@@ -24,6 +23,7 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import TIMEOUT_SECONDS, eventually, running
 
 from percepnet.enhancer import Enhancer, EnhancerState
 from percepnet.model import Model
@@ -32,11 +32,9 @@ from percepnet.synthesis import Controls
 from service.errors import ANSWERS
 from service.logs import JsonFormatter
 from service.main import Server
-from service.settings import Address, Settings
 
 RATE = 16_000
 
-TIMEOUT_SECONDS = 100
 """Ends a test that hangs; nothing is measured with it."""
 
 
@@ -75,27 +73,12 @@ def post_head(length: int) -> bytes:
     return "\r\n".join((*lines, "", "")).encode()
 
 
-def eventually(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.005)
-
-
 @contextmanager
 def serving(enhancer: Enhancer, **choices: Any) -> Iterator[Service]:
-    anywhere = Address("127.0.0.1", 0)
-    server = Server(Settings(http_listen=anywhere, grpc_listen=anywhere, **choices), enhancer)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    eventually(lambda: server.started, "the server")
-    service = Service(server)
-    try:
+    with ExitStack() as after_the_server, running(enhancer, **choices) as server:
+        service = Service(server)
+        after_the_server.callback(service.client.close)
         yield service
-    finally:
-        server.should_exit = True
-        thread.join()
-        service.client.close()
 
 
 @pytest.fixture(scope="module")

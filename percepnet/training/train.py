@@ -34,7 +34,7 @@ class TrainConfig:
 
     steps: int = 2000
     batch: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     warmup_steps: int = 50
     final_share: float = 0.02
     """The learning rate falls along a cosine to this share of its peak."""
