@@ -1,10 +1,11 @@
 """What each part of the service takes from the CPU: all of the process' time, divided by stages."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from percepnet.model import Model, State
@@ -17,20 +18,79 @@ class CpuStages(Collector):
         self.dsp = self.network = self.files = 0.0
         self._transport = 0.0
 
+    @property
+    def transport(self) -> float:
+        """All the time that no stage took: messages, requests, and the process' own upkeep."""
+        # A stage in progress counts as transport until it ends; a counter must not fall back then.
+        rest = time.process_time() - self.dsp - self.network - self.files
+        self._transport = max(self._transport, rest)
+        return self._transport
+
+    @property
+    def live(self) -> float:
+        """All the time that did not go into files."""
+        return self.dsp + self.network + self.transport
+
     def collect(self) -> Iterator[CounterMetricFamily]:
         """The stages as Prometheus reads them; together they are the process' own user and system time."""
-        measured = {"dsp": self.dsp, "network": self.network, "files": self.files}
-        # A stage in progress counts as transport until it ends; a counter must not fall back then.
-        rest = time.process_time() - sum(measured.values())
-        self._transport = max(self._transport, rest)
         family = CounterMetricFamily(
             "percepnet_cpu_seconds",
             "CPU time: live streams' signal path and network, files, and all the rest as transport.",
             labels=("stage",),
         )
-        for stage, seconds in (*measured.items(), ("transport", self._transport)):
-            family.add_metric((stage,), seconds)
+        for stage in ("dsp", "network", "files", "transport"):
+            family.add_metric((stage,), getattr(self, stage))
         yield family
+
+
+class StreamLoad(Collector):
+    """How long live streams are open, and what one of them costs."""
+
+    WINDOW_SECONDS = 10
+    """The ratio is a mean over so long: it follows the load, and a single pause does not show."""
+
+    def __init__(self, cpu: CpuStages) -> None:
+        self._cpu = cpu
+        self._active = 0
+        self._seconds = 0.0
+        self._since = time.monotonic()
+        self._samples: deque[tuple[float, float]] = deque(maxlen=self.WINDOW_SECONDS + 1)
+        self.sample()
+
+    def changed(self, active: int) -> None:
+        """So many streams are open from now on."""
+        self._seconds, self._since = self.seconds, time.monotonic()
+        self._active = active
+
+    @property
+    def seconds(self) -> float:
+        """The time that streams were open, summed over all of them."""
+        return self._seconds + self._active * (time.monotonic() - self._since)
+
+    def sample(self) -> None:
+        """Take note of the present; to be called once a second."""
+        self._samples.append((self._cpu.live, self.seconds))
+
+    @property
+    def recent(self) -> tuple[float, float]:
+        """CPU seconds of live streams, and the seconds that streams were open, in the window."""
+        (old_cpu, old_seconds), (cpu, seconds) = self._samples[0], self._samples[-1]
+        return cpu - old_cpu, seconds - old_seconds
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """The metrics as Prometheus reads them."""
+        yield CounterMetricFamily(
+            "percepnet_stream_open_seconds",
+            "Time that live streams were open, summed over them.",
+            self.seconds,
+        )
+        cpu, seconds = self.recent
+        yield GaugeMetricFamily(
+            "percepnet_stream_cpu_ratio",
+            "CPU time of a live stream as a ratio of a core, transport included; mean of the last 10 s, "
+            "0 without streams.",
+            cpu / seconds if seconds else 0.0,
+        )
 
 
 class MeteredModel(Model):

@@ -260,6 +260,11 @@ class Engine:
         return self.capacity - len(self._free)
 
     @property
+    def queued_frames(self) -> int:
+        """Frames that wait."""
+        return sum(session.n_frames for session in self._ready)
+
+    @property
     def has_work(self) -> bool:
         """Whether frames wait."""
         return bool(self._ready)
@@ -267,9 +272,11 @@ class Engine:
     def open(self, options: Options, on_answer: Callable[[], None]) -> Session:
         """Begin a session; raises BusyError if there is no room, ParameterError for a rate out of range."""
         if not self._free:
+            self._metrics.streams_rejected.inc()
             raise BusyError(f"all {self.capacity} live streams of this server are taken")
         session = Session(self, self._free[-1], options, on_answer)
         row = self._free.pop()
+        self._metrics.load.changed(self.active)
         self.aim(row, options.controls, at_once=True)
         self.forget(session)
         return session
@@ -278,6 +285,7 @@ class Engine:
         """End a session; frames that wait are dropped."""
         self._ready.pop(session, None)
         self._free.append(session.row)
+        self._metrics.load.changed(self.active)
         self._rest()
 
     def aim(self, row: int, controls: Controls, *, at_once: bool) -> None:

@@ -35,6 +35,9 @@ class Server(uvicorn.Server):
         engine = Engine(enhancer, settings.max_streams, metrics)
         metrics.streams_capacity.set(engine.capacity)
         metrics.streams_active.set_function(lambda: engine.active)
+        metrics.queue_frames.set_function(lambda: engine.queued_frames)
+        metrics.workers.set(1)
+        self._load = metrics.load
         files = BehindLive(enhancer, engine)
         self.grpc = GrpcServer(settings, engine, files, metrics)
         super().__init__(
@@ -61,10 +64,17 @@ class Server(uvicorn.Server):
         except SystemExit:
             await self.grpc.stop()
             raise
+        self._sampler = asyncio.create_task(self._sample())
+
+    async def _sample(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self._load.sample()
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Let files and live streams end, within the grace."""
         self.health.stopping = True
+        self._sampler.cancel()
         await asyncio.gather(super().shutdown(sockets), self.grpc.stop())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -13,7 +13,7 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 
 from percepnet.model import Model
-from service.cpu import CpuStages
+from service.cpu import CpuStages, StreamLoad
 
 disable_created_metrics()  # a second series beside each, which nobody asks for
 
@@ -116,6 +116,11 @@ class Metrics:
             ("outcome",),
             registry=self.registry,
         )
+        self.streams_rejected = Counter(
+            "percepnet_streams_rejected",
+            "Live streams refused because there was no room.",
+            registry=self.registry,
+        )
         self.stream_audio = Counter(
             "percepnet_stream_audio_seconds",
             "Audio that came in on live streams.",
@@ -132,6 +137,16 @@ class Metrics:
             "Answers of live streams that took longer than 10 ms.",
             registry=self.registry,
         )
+        self.dry_frames = Counter(
+            "percepnet_dry_frames",
+            "Frames of 10 ms of live streams sent without enhancement because they would have been late.",
+            registry=self.registry,
+        )
+        self.queue_frames = Gauge(
+            "percepnet_queue_frames",
+            "Frames of 10 ms of live streams that wait to be enhanced.",
+            registry=self.registry,
+        )
         self.tick_streams = Histogram(
             "percepnet_tick_streams",
             "Live streams enhanced together in a round of the engine.",
@@ -140,6 +155,18 @@ class Metrics:
         )
         self.cpu = CpuStages()
         self.registry.register(self.cpu)
+        self.load = StreamLoad(self.cpu)
+        self.registry.register(self.load)
+        self.workers = Gauge(
+            "percepnet_workers",
+            "Worker processes that serve.",
+            registry=self.registry,
+        )
+        self.worker_restarts = Counter(
+            "percepnet_worker_restarts",
+            "Worker processes that ended unasked and were replaced; their streams were lost.",
+            registry=self.registry,
+        )
         build = Gauge(
             "percepnet_build_info",
             "What runs here.",

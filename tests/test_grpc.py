@@ -225,11 +225,13 @@ def test_a_stream_without_a_message_is_no_error(service: Service) -> None:
 
 def test_streams_beyond_the_capacity_are_told_when_to_come_back(service: Service) -> None:
     service.wait_for("percepnet_streams_active", 0)
+    rejected = service.metric("percepnet_streams_rejected_total")
     streams = [service.client.stream(RATE) for _ in range(4)]
     with pytest.raises(grpc.RpcError) as refused:
         service.client.stream(RATE)
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert dict(refused.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+    assert service.metric("percepnet_streams_rejected_total") == rejected + 1
     status = service.client.status()
     assert (status.active_streams, status.stream_capacity, status.accepting) == (4, 4, False)
     for stream in streams:
@@ -282,6 +284,7 @@ def test_metrics_count_streams_audio_and_time(service: Service) -> None:
         "percepnet_stream_audio_seconds_total",
         "percepnet_stream_latency_seconds_count",
         "percepnet_tick_streams_sum",
+        "percepnet_stream_open_seconds_total",
     )
     before = [service.metric(name) for name in names]
     stages = [f'percepnet_cpu_seconds_total{{stage="{stage}"}}' for stage in ("dsp", "network", "transport")]
@@ -296,6 +299,7 @@ def test_metrics_count_streams_audio_and_time(service: Service) -> None:
     assert grown[1] == pytest.approx(0.2)
     assert grown[2] == 21
     assert grown[3] >= 20
+    assert 0 < grown[4] < TIMEOUT_SECONDS
     assert all(service.metric(stage) > was for stage, was in zip(stages, cpu_before, strict=True))
 
 
