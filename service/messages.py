@@ -1,0 +1,139 @@
+"""The messages of live streams and clips: what a caller's must be, and what the service's say."""
+
+import math
+from typing import TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from percepnet.errors import ParameterError
+from percepnet.model import Manifest
+from percepnet.synthesis import Controls
+from service import pcm
+from service.engine import Answer, Options, Session
+from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
+
+MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 48_000
+MAX_MESSAGE_SECONDS = 1
+
+_ENCODINGS: dict[pb.Encoding, np.dtype] = {pb.ENCODING_S16LE: pcm.S16LE, pb.ENCODING_F32LE: pcm.F32LE}
+
+_Parsed = TypeVar("_Parsed", bound=Message)
+
+
+def parse(kind: type[_Parsed], data: bytes) -> _Parsed:
+    """Read a message; raises ParameterError if the bytes are none of this kind."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise ParameterError(f"the message is no {kind.DESCRIPTOR.full_name}") from error
+
+
+def payload(request: pb.EnhanceStreamRequest | None) -> str:
+    """What a message brings, in words."""
+    return (request.WhichOneof("payload") if request is not None else None) or "nothing"
+
+
+def opening(request: pb.EnhanceStreamRequest) -> Options:
+    """What the first message of a stream asks for; raises ParameterError."""
+    if request.WhichOneof("payload") != "config":
+        raise ParameterError(f"payload: the first message is {payload(request)}; it must be config")
+    return options(request.config)
+
+
+def options(config: pb.StreamConfig) -> Options:
+    """The checked config of a stream; raises ParameterError with the name of the field."""
+    sample_rate = rate(config.sample_rate_hz, "config.sample_rate_hz")
+    longest = sample_rate * MAX_MESSAGE_SECONDS
+    if config.message_samples > longest:
+        raise ParameterError(f"config.message_samples: {config.message_samples}; accepted are 0 to {longest}")
+    return Options(
+        sample_rate,
+        encoding(config.encoding, "config.encoding"),
+        controls(config.parameters, "config.parameters"),
+        config.message_samples,
+        config.compensate_delay,
+        config.report,
+    )
+
+
+def rate(rate_hz: int, field: str) -> int:
+    """A sample rate that is accepted; raises ParameterError."""
+    if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+        raise ParameterError(f"{field}: {rate_hz}; accepted are {MIN_RATE_HZ} to {MAX_RATE_HZ}")
+    return rate_hz
+
+
+def encoding(number: pb.Encoding, field: str) -> np.dtype:
+    """The type of samples on the wire; raises ParameterError."""
+    if number not in _ENCODINGS:
+        accepted = " and ".join(pb.Encoding.Name(name) for name in _ENCODINGS)
+        raise ParameterError(f"{field}: {number}; accepted are {accepted}")
+    return _ENCODINGS[number]
+
+
+def controls(parameters: pb.Parameters, field: str) -> Controls:
+    """Parameters with their defaults filled in; raises ParameterError."""
+    has = parameters.HasField
+    limit = parameters.attenuation_limit_db if has("attenuation_limit_db") else None
+    mix = parameters.mix if has("mix") else 1.0
+    if limit is not None and not 0 <= limit < math.inf:
+        raise ParameterError(f"{field}.attenuation_limit_db: {limit:g}; accepted are 0 and more")
+    if not 0 <= mix <= 1:
+        raise ParameterError(f"{field}.mix: {mix:g}; accepted are 0 to 1")
+    return Controls(limit, mix, parameters.postfilter if has("postfilter") else True)
+
+
+def samples(data: bytes, kind: np.dtype, longest: int) -> np.ndarray:
+    """The samples of a message, float32 (n,); raises ParameterError for broken ones and for too many."""
+    if len(data) % kind.itemsize:
+        raise ParameterError(f"audio: {len(data)} bytes; samples have {kind.itemsize} bytes each")
+    if len(data) > longest * kind.itemsize:
+        raise ParameterError(
+            f"audio: {len(data) // kind.itemsize} samples; accepted are {longest} in a message"
+        )
+    return pcm.decode(data, kind)
+
+
+def started(session: Session, manifest: Manifest, idle_seconds: float) -> pb.EnhanceStreamResponse:
+    """Answers the config."""
+    chosen = session.options
+    config = pb.StreamConfig(
+        sample_rate_hz=chosen.sample_rate,
+        encoding=next(name for name, kind in _ENCODINGS.items() if kind == chosen.encoding),
+        parameters=_parameters(chosen.controls),
+        message_samples=chosen.message_samples,
+        compensate_delay=chosen.compensate_delay,
+        report=chosen.report,
+    )
+    return pb.EnhanceStreamResponse(
+        started=pb.StreamStarted(
+            delay_samples=session.delay_samples,
+            model_name=manifest.name,
+            model_version=manifest.version,
+            config=config,
+            idle_timeout_seconds=idle_seconds,
+        )
+    )
+
+
+def response(answer: Answer, session: Session, draining: bool) -> pb.EnhanceStreamResponse:
+    """Answers audio, a flush, the end or new parameters."""
+    if answer.controls is not None:
+        updated = pb.ParametersUpdated(parameters=_parameters(answer.controls), position=answer.position)
+        return pb.EnhanceStreamResponse(parameters=updated)
+    audio = pb.EnhancedAudio(audio=answer.audio, position=answer.position, flushed=answer.flushed)
+    if answer.report is not None:
+        audio.report.speech_probability = answer.report.speech_probability
+        audio.report.pitch_hz = answer.report.pitch_hz
+        audio.report.mean_gain = answer.report.mean_gain
+    if session.answers:
+        audio.queued_samples = session.queued_samples
+    audio.draining = draining
+    return pb.EnhanceStreamResponse(audio=audio)
+
+
+def _parameters(chosen: Controls) -> pb.Parameters:
+    return pb.Parameters(
+        attenuation_limit_db=chosen.attenuation_limit_db, mix=chosen.mix, postfilter=chosen.postfilter
+    )

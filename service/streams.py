@@ -1,0 +1,231 @@
+"""Live streams, whatever carries them: one caller's messages go into a session, its answers come out."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from percepnet.errors import ParameterError
+from percepnet.model import Manifest
+from service import messages
+from service.callers import Caller
+from service.engine import DEADLINE_SECONDS, Engine, Session
+from service.errors import ClientGoneError, IdleError, SlowReaderError, StoppingError, answer_for
+from service.logs import logger
+from service.messages import pb
+from service.metrics import Metrics
+from service.settings import Settings
+
+
+class Wire(Protocol):
+    """What carries one stream: gRPC or WebSocket."""
+
+    async def read(self) -> pb.EnhanceStreamRequest | None:
+        """The next message; None at the end. Raises ParameterError for what is none."""
+
+    async def write(self, response: pb.EnhanceStreamResponse) -> None:
+        """Send a message, and wait while too many are under way. Raises ClientGoneError."""
+
+
+class Streams:
+    """All live streams of one process; its methods are called on the event loop.
+
+    settings: limits of the deployment. manifest: of the model that serves.
+    """
+
+    def __init__(self, settings: Settings, engine: Engine, manifest: Manifest, metrics: Metrics) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.manifest = manifest
+        self.metrics = metrics
+        self.stopping: Callable[[], bool] = lambda: False
+        self._conversations: set[Conversation] = set()
+
+    async def converse(self, wire: Wire, caller: Caller) -> None:
+        """Serve one stream to its end; raises what ended it early."""
+        conversation = Conversation(self, wire, caller)
+        self._conversations.add(conversation)
+        try:
+            await conversation.run()
+        finally:
+            self._conversations.discard(conversation)
+
+    async def sweep(self) -> None:
+        """End the streams that went silent, for ever."""
+        limit = self.settings.stream_idle_seconds
+        while True:
+            await asyncio.sleep(min(1, limit / 4))
+            for conversation in list(self._conversations):
+                conversation.check(time.monotonic() - limit)
+
+    def cut_off(self) -> None:
+        """End the streams that outlived the grace."""
+        for conversation in list(self._conversations):
+            conversation.fail(StoppingError("the server stopped before the stream ended; open it elsewhere"))
+
+
+class Conversation:
+    """One live stream: reads messages into a session, writes its answers."""
+
+    def __init__(self, streams: Streams, wire: Wire, caller: Caller) -> None:
+        self._streams = streams
+        self._wire = wire
+        self._caller = caller
+        self._engine = streams.engine
+        self._metrics = streams.metrics
+        self._error: Exception | None = None
+        self._reader = asyncio.current_task()
+        self._writer: asyncio.Task[None] | None = None
+        self._opened = self._heard = time.monotonic()
+        self._writing: float | None = None  # since when an answer waits to be taken
+        self._session: Session | None = None
+        self._answered = asyncio.Event()  # there are answers to write, or nothing more will come
+        self._room = asyncio.Event()  # the reader may go on
+        self._ending = False
+        self._misses = 0
+
+    def fail(self, error: Exception) -> None:
+        """End the stream with an error."""
+        if self._error is None and self._reader is not None:
+            self._error = error
+            self._reader.cancel()
+
+    def check(self, oldest: float) -> None:
+        """Fail if nothing was sent, or an answer waits to be taken, since a time."""
+        limit = f"{self._streams.settings.stream_idle_seconds:g} s"
+        if self._writing is not None:
+            if self._writing < oldest:
+                self.fail(SlowReaderError(f"the answers were not read for {limit}"))
+        elif self._heard < oldest:
+            self.fail(IdleError(f"nothing was sent for {limit}"))
+
+    async def run(self) -> None:
+        """Serve the stream to its end; raises what ended it early."""
+        error: BaseException | None = None
+        try:
+            await self._converse()
+        except (Exception, asyncio.CancelledError) as raised:
+            error = self._error or raised
+        self._close(error)
+        if self._writer is not None:
+            # gRPC sends no status while a response waits in the way: a caller that does not read holds up its
+            # own status, but no place any more.
+            await asyncio.wait([self._writer])
+        if error is not None:
+            raise error
+
+    async def _converse(self) -> None:
+        request = await self._read()
+        if request is None:
+            return
+        options = messages.opening(request)
+        if self._streams.stopping():
+            raise StoppingError("the server is stopping; open the stream elsewhere")
+        self._session = session = self._engine.open(options, self._answered.set)
+        self._log("stream opened", sample_rate_hz=options.sample_rate)
+        settings = self._streams.settings
+        await self._write(messages.started(session, self._streams.manifest, settings.stream_idle_seconds))
+        self._writer = asyncio.create_task(self._write_answers(session))
+        self._writer.add_done_callback(self._writer_ended)
+        await self._read_messages(session)
+        self._ending = True
+        self._answered.set()
+        await asyncio.shield(self._writer)
+
+    def _close(self, error: BaseException | None) -> None:
+        """Give the place back, and write the books."""
+        outcome = "ok"
+        if error is not None:
+            outcome = answer_for(error if isinstance(error, Exception) else ClientGoneError()).code
+        self._metrics.streams.labels(outcome).inc()
+        session = self._session
+        if session is None:
+            self._log("stream refused", outcome=outcome)
+            return
+        self._engine.close(session)
+        session.answers.clear()
+        self._ending = True
+        self._answered.set()
+        audio_seconds = session.n_samples / session.options.sample_rate
+        self._metrics.stream_audio.inc(audio_seconds)
+        self._log(
+            "stream closed",
+            outcome=outcome,
+            sample_rate_hz=session.options.sample_rate,
+            audio_seconds=round(audio_seconds, 3),
+            open_seconds=round(time.monotonic() - self._opened, 3),
+            deadline_misses=self._misses,
+        )
+
+    async def _read_messages(self, session: Session) -> None:
+        limit = round(self._streams.settings.stream_queue_seconds * session.options.sample_rate)
+        longest = session.options.sample_rate * messages.MAX_MESSAGE_SECONDS
+        ended = False
+        while not ended:
+            request = await self._read()
+            now = time.monotonic()
+            kind = "end" if request is None else request.WhichOneof("payload")
+            if kind == "audio":
+                assert request is not None
+                session.push(messages.samples(request.audio, session.options.encoding, longest), now)
+                while session.queued_samples > limit:
+                    await self._wait_for_room()
+            elif kind == "parameters":
+                assert request is not None
+                session.update(messages.controls(request.parameters, "parameters"), now)
+            elif kind in ("flush", "end"):
+                passages = session.n_passages
+                session.flush(now)
+                while session.n_passages == passages:
+                    await self._wait_for_room()
+                ended = kind == "end"
+            else:
+                raise ParameterError(
+                    f"payload: {messages.payload(request)} came; after the config accepted are audio, "
+                    "parameters, flush and end"
+                )
+
+    async def _wait_for_room(self) -> None:
+        self._room.clear()
+        await self._room.wait()
+        self._heard = time.monotonic()
+
+    async def _read(self) -> pb.EnhanceStreamRequest | None:
+        """The next message; None at the end."""
+        request = await self._wire.read()
+        self._heard = time.monotonic()
+        return request
+
+    async def _write(self, response: pb.EnhanceStreamResponse) -> float:
+        """Send a response; returns when it was on its way."""
+        self._writing = time.monotonic()
+        await self._wire.write(response)
+        self._writing = None
+        return time.monotonic()
+
+    async def _write_answers(self, session: Session) -> None:
+        while True:
+            self._answered.clear()
+            self._room.set()  # a flush may be done
+            while session.answers:
+                answer = session.answers.popleft()
+                response = messages.response(answer, session, self._streams.stopping())
+                took = await self._write(response) - answer.since
+                self._metrics.stream_latency.observe(took)
+                if took > DEADLINE_SECONDS:
+                    self._misses += 1
+                    self._metrics.deadline_misses.inc()
+                self._room.set()
+            if session.error is not None:
+                raise session.error
+            if self._ending:
+                return
+            await self._answered.wait()
+
+    def _writer_ended(self, writer: asyncio.Task[None]) -> None:
+        if not writer.cancelled() and (error := writer.exception()) is not None:
+            self.fail(error if isinstance(error, Exception) else ClientGoneError(str(error)))
+
+    def _log(self, message: str, **values: Any) -> None:
+        logger.log(logging.INFO, message, extra={"fields": self._caller.fields | values})
