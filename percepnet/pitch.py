@@ -25,6 +25,7 @@ _FIRST = MIN_PERIOD // _DECIMATION
 _PERIODS = np.arange(_FIRST, MAX_PERIOD // _DECIMATION + 1) * _DECIMATION
 _N_PERIODS = len(_PERIODS)
 
+_CUT_HZ = 50.0  # rumble below; a tone at the lowest pitch, 62.5 Hz, must stay
 _FLAT_HZ, _STOP_HZ = 1000.0, 4000.0
 _SILENCE = np.float32(1e-4)  # a passage at about -90 dBFS; below it nothing counts as periodic
 _OCTAVE_COST = 0.02  # per octave: of two equally good periods the shorter one is the pitch
@@ -36,7 +37,7 @@ def _low_pass() -> np.ndarray:
     frequency_hz = np.arange(_N_BINS) * SAMPLE_RATE / _TRANSFORM
     position = np.clip((frequency_hz - _FLAT_HZ) / (_STOP_HZ - _FLAT_HZ), 0, 1)
     weights = np.cos(np.pi / 2 * position) ** 2
-    weights[frequency_hz < 80] = 0
+    weights[frequency_hz < _CUT_HZ] = 0
     return weights.astype(np.float32)
 
 

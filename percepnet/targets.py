@@ -10,7 +10,6 @@ from percepnet.bands import band_energy
 from percepnet.constants import HOP, LOOKAHEAD_FRAMES, WINDOW
 from percepnet.features import coherence
 
-_N0 = 0.03  # noise that the comb filter's residue may keep, [P] equation 9
 _TINY = np.float32(1e-10)
 
 
@@ -29,25 +28,23 @@ def band_gains(clean_energy: np.ndarray, noisy_energy: np.ndarray) -> np.ndarray
 
 def ideal_strengths(
     clean_coherence: np.ndarray, noisy_coherence: np.ndarray, tap_energy: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """How much of the comb-filtered signal restores the clean one's periodicity, and the gain to go with it.
+) -> np.ndarray:
+    """How much of the comb-filtered signal restores the clean one's periodicity.
 
     clean_coherence q_s, noisy_coherence q_x: (…, 34) in [0, 1]; tap_energy σ²: (…, 1), the sum of the comb's
-    squared taps. Returns strengths r and the attenuation of bands that even the full comb leaves too noisy,
-    both (…, 34) in [0, 1]. [P] equations 6 to 9, with q_p̂ estimated as there.
+    squared taps. Returns strengths r (…, 34) in [0, 1]. [P] equations 6 to 8, with q_p̂ estimated as there.
+
+    [P] equation 9 also attenuates bands that even the full comb leaves noisier than the clean signal. Left
+    out: with oracle values it costs 0.03 PESQ-WB and 0.014 ESTOI over 56 clips from -5 to 20 dB.
     """
     qs2, qx2 = clean_coherence**2, noisy_coherence**2
     comb_coherence = noisy_coherence / np.sqrt((1 - tap_energy) * qx2 + tap_energy)
-    qp2 = comb_coherence**2
-    a = np.maximum(0, qp2 - qs2)
+    a = np.maximum(0, comb_coherence**2 - qs2)
     b = comb_coherence * noisy_coherence * (1 - qs2)
     c = np.maximum(0, qs2 - qx2)
     # The same as (√(b² + ac) - b) / a in [P], but exact where a vanishes.
     alpha = c / np.maximum(np.sqrt(b**2 + a * c) + b, _TINY)
-    too_noisy = comb_coherence < clean_coherence
-    strengths = np.where(too_noisy, 1, alpha / (1 + alpha))
-    attenuation = np.where(too_noisy, np.sqrt((1 + _N0 - qs2) / (1 + _N0 - qp2)), 1)
-    return strengths.astype(np.float32), attenuation.astype(np.float32)
+    return np.where(comb_coherence < clean_coherence, 1, alpha / (1 + alpha)).astype(np.float32)
 
 
 def ideal(
@@ -65,8 +62,8 @@ def ideal(
     clean_energy = band_energy(clean_spectrum)
     clean_coherence = coherence(clean_comb, clean_spectrum, band_energy(clean_comb), clean_energy)
     tap_energy = (comb.taps(period) ** 2).sum(axis=-1, keepdims=True)
-    strengths, attenuation = ideal_strengths(clean_coherence, noisy_coherence, tap_energy)
-    return Targets(band_gains(clean_energy, noisy_energy) * attenuation, strengths)
+    strengths = ideal_strengths(clean_coherence, noisy_coherence, tap_energy)
+    return Targets(band_gains(clean_energy, noisy_energy), strengths)
 
 
 def clean_spectra(clean: np.ndarray, period: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

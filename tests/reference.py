@@ -82,8 +82,8 @@ def band_energy(bins: np.ndarray) -> np.ndarray:
 
 
 def _low_pass(frequency_hz: float) -> float:
-    """1 from 80 Hz to 1 kHz, falling to 0 at 4 kHz."""
-    if not 80 <= frequency_hz <= 4000:
+    """1 from 50 Hz to 1 kHz, falling to 0 at 4 kHz."""
+    if not 50 <= frequency_hz <= 4000:
         return 0.0
     return float(np.cos(np.pi / 2 * max(0.0, (frequency_hz - 1000) / 3000)) ** 2)
 
@@ -249,16 +249,15 @@ def synthesize(
 # Training targets
 
 
-def ideal_band(g: float, q_s: float, q_x: float, sigma2: float) -> tuple[float, float]:
-    """Gain and strength of one band from the formulas as they are written."""
+def ideal_strength(q_s: float, q_x: float, sigma2: float) -> float:
+    """Strength of one band from the formulas as they are written."""
     q_p = q_x / np.sqrt((1 - sigma2) * q_x**2 + sigma2)
     if q_p < q_s:
-        n0 = 0.03
-        return g * np.sqrt((1 + n0 - q_s**2) / (1 + n0 - q_p**2)), 1.0
+        return 1.0
     a = max(0.0, q_p**2 - q_s**2)
     b = q_p * q_x * (1 - q_s**2)
     c = max(0.0, q_s**2 - q_x**2)
     if c == 0:
-        return g, 0.0
+        return 0.0
     alpha = (np.sqrt(b**2 + a * c) - b) / a if a > 1e-9 else c / (2 * b)  # its limit
-    return g, alpha / (1 + alpha)
+    return alpha / (1 + alpha)

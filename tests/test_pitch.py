@@ -37,11 +37,11 @@ def test_harmonics_without_their_fundamental_have_its_period():
         _assert_period(signals.harmonics(f0_hz, 20 * HOP, bottom_hz=300, top_hz=3400), f0_hz, tolerance=1)
 
 
-@pytest.mark.parametrize("f0_hz", [110, 150, 220, 330, 490])
+@pytest.mark.parametrize("f0_hz", [62.5, 80, 110, 150, 220, 330, 490])
 def test_a_tone_has_its_own_period(f0_hz):
-    """Without harmonics the top of the correlation is flat: within two per cent, and never an octave off."""
+    """Without harmonics the top of the correlation is flat: within 3 %, and never an octave off."""
     tone = signals.harmonics(f0_hz, 20 * HOP, top_hz=f0_hz)
-    _assert_period(tone, f0_hz, tolerance=0.02 * SAMPLE_RATE / f0_hz)
+    _assert_period(tone, f0_hz, tolerance=0.03 * SAMPLE_RATE / f0_hz)
 
 
 def test_a_vibrato_is_followed():

@@ -53,31 +53,26 @@ def test_strengths_follow_the_formulas():
     clean, noisy = np.meshgrid(grid, grid)
     for period in (100, 400, 768):
         tap_energy = np.sum(comb.taps(np.array(period)) ** 2)
-        strengths, attenuation = targets.ideal_strengths(clean, noisy, tap_energy)
+        strengths = targets.ideal_strengths(clean, noisy, tap_energy)
         slow = [
-            reference.ideal_band(1.0, float(q_s), float(q_x), float(tap_energy))
+            reference.ideal_strength(float(q_s), float(q_x), float(tap_energy))
             for q_s, q_x in zip(clean.ravel(), noisy.ravel(), strict=True)
         ]
-        slow_attenuation, slow_strengths = np.transpose(slow)
-        np.testing.assert_allclose(attenuation.ravel(), slow_attenuation, atol=1e-5)
-        np.testing.assert_allclose(strengths.ravel(), slow_strengths, atol=1e-5)
+        np.testing.assert_allclose(strengths.ravel(), slow, atol=1e-5)
 
 
-def test_strengths_and_attenuation_lie_between_0_and_1():
+def test_strengths_lie_between_0_and_1():
     coherences = np.random.default_rng(0).random((2, 1000, 34), dtype=np.float32)
     tap_energy = np.random.default_rng(1).uniform(0.13, 0.35, (1000, 1)).astype(np.float32)
-    for values in targets.ideal_strengths(*coherences, tap_energy):
-        assert values.dtype == np.float32
-        assert values.min() >= 0
-        assert values.max() <= 1
+    strengths = targets.ideal_strengths(*coherences, tap_energy)
+    assert strengths.dtype == np.float32
+    assert strengths.min() >= 0
+    assert strengths.max() <= 1
 
 
-def test_a_band_that_even_the_full_comb_leaves_too_noisy_gets_it_and_is_attenuated():
-    strengths, attenuation = targets.ideal_strengths(
-        np.array([0.99], np.float32), np.array([0.1], np.float32), np.float32(0.15)
-    )
-    assert strengths == 1
-    assert 0 < attenuation < 0.5
+def test_a_band_that_even_the_full_comb_leaves_too_noisy_gets_it():
+    clean, noisy = np.array([0.99], np.float32), np.array([0.1], np.float32)
+    assert targets.ideal_strengths(clean, noisy, np.float32(0.15)) == 1
 
 
 def test_a_clean_signal_needs_no_comb_and_no_gain():
@@ -110,14 +105,13 @@ def test_targets_are_those_of_the_frames_that_analysis_returns():
     for frame in range(10, 20):
         for band in range(34):
             gain = min(1, np.sqrt(clean_energy[0, frame, band] / analysis.energy[0, frame, band]))
-            expected = reference.ideal_band(
-                float(gain),
+            strength = reference.ideal_strength(
                 float(clean_coherence[0, frame, band]),
                 float(analysis.features[0, frame, 34 + band]),
                 float(tap_energy[0, frame]),
             )
             found = ideal.gains[0, frame, band], ideal.strengths[0, frame, band]
-            np.testing.assert_allclose(found, expected, atol=1e-4)
+            np.testing.assert_allclose(found, (gain, strength), atol=1e-4)
 
 
 @pytest.mark.parametrize("snr_db", [0, 10])

@@ -36,6 +36,8 @@ High bands hold dozens of bins that share a gain: a quarter of them tells the lo
 """
 
 _ACTIVE = 0.1  # spectra are scaled so that the target's root-mean-square bin has this magnitude
+_LOUDEST = 2.0  # and the noisy one's at most this many times as much: examples with hardly any speech, scaled
+# up to its level, would make up most of the gradient
 
 FIELDS = ("features", "noisy", "comb", "clean", "gains", "strengths", "bandwidth_hz")
 
@@ -52,8 +54,8 @@ class PoolConfig:
     """Shards that exist before the first step."""
     shards: int = 190
     """Shards in the pool once it is full; older ones are deleted."""
-    steps_per_shard: float = 3.0
-    """A new shard joins after so many steps: the times an example is used, if a step takes as many."""
+    batches_per_shard: float = 3.0
+    """A new shard joins after so many batches: the times an example is used, if a batch holds as many."""
 
 
 def _as_half(spectrum: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -67,8 +69,8 @@ def make_shard(mixer: Mixer, index: int, config: PoolConfig) -> dict[str, np.nda
     """Examples of one shard, by field name; all but the last (examples, frames, …) float16.
 
     features: (…, 70) before normalization; noisy, comb, clean: spectra (…, 181, 2), each example scaled so
-    that its target has the same level; gains, strengths: ideal band values (…, 34); bandwidth_hz: (examples,)
-    float32, above which the target says nothing.
+    that its target has the same level, or less where it holds little speech; gains, strengths: ideal band
+    values (…, 34); bandwidth_hz: (examples,) float32, above which the target says nothing.
     """
     count = config.shard_examples
     mixtures = mixer.mixtures(index * count, count, config.seconds)
@@ -82,8 +84,8 @@ def make_shard(mixer: Mixer, index: int, config: PoolConfig) -> dict[str, np.nda
     coherences = analysis.features[..., N_BANDS : 2 * N_BANDS]
     targets = ideal(clean_spectrum, clean_comb, analysis.energy, coherences, analysis.period)
     level = np.sqrt(np.mean(np.abs(clean_spectrum[..., LOSS_BINS]) ** 2, axis=(1, 2)))
-    noise_level = np.sqrt(np.mean(np.abs(analysis.noisy[..., LOSS_BINS]) ** 2, axis=(1, 2)))
-    scale = _ACTIVE / np.maximum(np.maximum(level, 0.03 * noise_level), 1e-6)
+    noisy_level = np.sqrt(np.mean(np.abs(analysis.noisy[..., LOSS_BINS]) ** 2, axis=(1, 2)))
+    scale = _ACTIVE / np.maximum(np.maximum(level, noisy_level / _LOUDEST), 1e-6)
     ahead = slice(LATENCY_SAMPLES // HOP - 1, None)  # the frames before hold nothing yet
     return {
         "features": analysis.features[:, ahead].astype(np.float16),
@@ -158,7 +160,7 @@ class Pool:
 
     def _window(self, step: int) -> range:
         """Shards in use at a step."""
-        end = self._config.first_shards + int(step / self._config.steps_per_shard)
+        end = self._config.first_shards + int(step / self._config.batches_per_shard)
         return range(max(0, end - self._config.shards), end)
 
     def _publish_oldest(self, index: int) -> None:

@@ -10,10 +10,6 @@ from percepnet.training.dataset import LOSS_BINS
 
 _TINY = 1e-12
 
-_LOUDEST = 0.2
-"""Noisy examples are scaled down to this level, twice that of an active target: otherwise the few without
-speech, or with very little, make up most of the gradient."""
-
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -66,10 +62,8 @@ class SpectralLoss(torch.nn.Module):
     ) -> tuple[Tensor, dict[str, float]]:
         """Mean loss of a batch and its terms. Bins above an example's bandwidth don't count."""
         config = self.config
-        level = batch["noisy"].square().sum(-1).mean((1, 2)).sqrt()
-        scale = (_LOUDEST / (level + _TINY)).clamp(max=1)[:, None, None, None]
-        clean = batch["clean"] * scale
-        enhanced = self.enhance(batch["noisy"] * scale, batch["comb"] * scale, gains, strengths)
+        clean = batch["clean"]
+        enhanced = self.enhance(batch["noisy"], batch["comb"], gains, strengths)
         known = self._frequency_hz <= batch["bandwidth_hz"][:, None]
         weights = (known * self._bin_weights)[:, None]
         weights = weights / (weights.sum() * gains.shape[1])

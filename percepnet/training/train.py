@@ -21,7 +21,7 @@ from percepnet.model import MANIFEST_FILE, Manifest
 from percepnet.training.dataset import Pool, PoolConfig, validation_batches
 from percepnet.training.export import restore
 from percepnet.training.losses import LossConfig, SpectralLoss
-from percepnet.training.network import NetworkConfig, PercepNet
+from percepnet.training.network import NetworkConfig, PercepNet, State
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.csv"
@@ -34,6 +34,8 @@ class TrainConfig:
 
     steps: int = 2000
     batch: int = 32
+    parts: int = 2
+    """Each batch is trained on in so many parts, a step each; the network's state carries over."""
     learning_rate: float = 5e-4
     warmup_steps: int = 50
     final_share: float = 0.02
@@ -78,6 +80,8 @@ class Checkpoint:
     feature_mean: Tensor
     feature_scale: Tensor
     config: str
+    state: State
+    """Of the network after the last part of a batch; empty between batches."""
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -167,12 +171,19 @@ class Trainer:
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.optimizers = _optimizers(self.network, config)
         self.step = 0
+        self._batch: dict[str, np.ndarray] = {}
+        self._state: State = {}
         path = directory / CHECKPOINT
         if path.exists():
             self._resume(Checkpoint.load(path))
         (directory / CONFIG).write_text(config.to_json())
         self.pool = Pool(
-            cache, directory / "shards", seed=config.seed, config=config.pool, step=self.step, workers=workers
+            cache,
+            directory / "shards",
+            seed=config.seed,
+            config=config.pool,
+            step=self.step // config.parts,
+            workers=workers,
         )
         self._cache = cache
         if self.step == 0:
@@ -188,6 +199,7 @@ class Trainer:
         self.mean = checkpoint.feature_mean.to(self.device)
         self.scale = checkpoint.feature_scale.to(self.device)
         self.step = checkpoint.step
+        self._state = {k: v.to(self.device) for k, v in checkpoint.state.items()}
 
     def _measure_features(self, start_from: Path | None) -> None:
         """Normalization constants: from the first examples, or taken over with the weights."""
@@ -210,12 +222,27 @@ class Trainer:
         cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
         return config.learning_rate * (config.final_share + (1 - config.final_share) * cosine)
 
-    def _evaluate(self, network: PercepNet, batch: dict[str, np.ndarray]) -> tuple[Tensor, dict[str, float]]:
+    def _evaluate(
+        self, network: PercepNet, batch: dict[str, np.ndarray], state: State | None
+    ) -> tuple[Tensor, dict[str, float], State]:
         tensors = {k: torch.from_numpy(v).to(self.device).float() for k, v in batch.items()}
         features = (tensors["features"] - self.mean) * self.scale
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            gains, strengths, _ = network(features)
-        return self.loss(gains, strengths, tensors)
+            gains, strengths, state = network(features, state)
+        return *self.loss(gains, strengths, tensors), state
+
+    def _next_part(self) -> tuple[dict[str, np.ndarray], State | None]:
+        """What the next step learns from, and the network's state before it."""
+        index, part = divmod(self.step, self.config.parts)
+        if part == 0:
+            self._state = {}
+        if part == 0 or not self._batch:
+            self._batch = self.pool.batch(index, self.config.batch)
+        n_frames = self._batch["features"].shape[1]
+        bounds = np.linspace(0, n_frames, self.config.parts + 1).astype(int)
+        frames = slice(bounds[part], bounds[part + 1])
+        cut = {k: v if v.ndim == 1 else v[:, frames] for k, v in self._batch.items()}
+        return cut, self._state or None
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; returns the loss and its terms."""
@@ -223,7 +250,7 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        loss, terms = self._evaluate(self.network, self.pool.batch(self.step, self.config.batch))
+        loss, terms, self._state = self._evaluate(self.network, *self._next_part())
         self.network.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
@@ -249,7 +276,7 @@ class Trainer:
             shards=self.config.validation_shards,
         )
         with torch.no_grad():
-            losses = [float(self._evaluate(network, batch)[0]) for batch in batches]
+            losses = [float(self._evaluate(network, batch, None)[0]) for batch in batches]
         return sum(losses) / len(losses)
 
     def save(self) -> None:
@@ -262,6 +289,7 @@ class Trainer:
             self.mean,
             self.scale,
             self.config.to_json(),
+            self._state,
         ).save(self.directory / CHECKPOINT)
 
     def run(self) -> None:
