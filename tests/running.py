@@ -1,10 +1,11 @@
 """The service on real sockets, in a thread of the tests."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, Self
 
 from percepnet.enhancer import Enhancer
 from service.main import Server
@@ -33,3 +34,56 @@ def running(enhancer: Enhancer, **choices: Any) -> Iterator[Server]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+class Link:
+    """A TCP connection to a server on this machine that can be cut, as a cable is."""
+
+    def __init__(self, port: int) -> None:
+        self._server = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._ends: list[socket.socket] = []
+        self._carriers: list[threading.Thread] = []
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+
+    def cut(self) -> None:
+        """Break all connections; new ones are possible."""
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
+        self._listener.close()
+        self.cut()
+        for carrier in self._carriers:
+            carrier.join()
+        for end in self._ends:
+            end.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self._server))
+            self._ends += (near, far)
+            for ends in ((near, far), (far, near)):
+                self._carriers.append(threading.Thread(target=self._carry, args=ends))
+                self._carriers[-1].start()
+
+    @staticmethod
+    def _carry(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65_536):
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)

@@ -44,7 +44,7 @@ class Service:
         self.target = f"127.0.0.1:{server.grpc.port}"
         # The caller's own window is part of what a slow reader piles up; here it must not grow.
         self.channel = grpc.insecure_channel(self.target, [("grpc.http2.bdp_probe", 0)])
-        self.client = Client(self.target)
+        self.client = Client(self.target, patience_seconds=0)
         address = server.servers[0].sockets[0].getsockname()
         self.http = httpx.Client(base_url="http://{}:{}".format(*address), timeout=TIMEOUT_SECONDS)
 

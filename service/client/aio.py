@@ -1,0 +1,439 @@
+"""The client for asyncio: the same as `service.client.sync`, with `await`."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import numpy as np
+
+from percepnet.synthesis import Controls
+from service import pcm
+from service.client.conversation import (
+    SERVICE,
+    WINDOW_SECONDS,
+    Answer,
+    Conversation,
+    EndedError,
+    Item,
+    Mark,
+    Pace,
+    Request,
+    Response,
+    clip_request,
+)
+from service.client.pods import (
+    LOOK_UP_SECONDS,
+    MOVE_SECONDS,
+    PATIENCE_SECONDS,
+    Attempts,
+    Pods,
+    Resolver,
+    Tls,
+    call_metadata,
+    look_up,
+)
+from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
+
+
+class _Connection:
+    """One RPC at one server, which holds a place there until it is dropped."""
+
+    def __init__(self, client: "AsyncClient", address: str, timeout_seconds: float | None) -> None:
+        self.address = address
+        self._write_failed = False
+        self._pods = client.pods
+        self._dropped = False
+        method = client.pods.channel(address).stream_stream(
+            f"{SERVICE}/EnhanceStream", Request.SerializeToString, Response.FromString
+        )
+        self.call: Any = method(timeout=timeout_seconds, metadata=client.metadata)
+
+    async def write(self, request: Request) -> None:
+        """Send a message; that the call is over shows where answers are read."""
+        try:
+            with _only_own_cancellation():
+                await self.call.write(request)
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            self._write_failed = True
+
+    async def read(self) -> Any:
+        """The next message; raises grpc.RpcError, or InvalidStateError after `drop`."""
+        try:
+            with _only_own_cancellation():
+                return await self.call.read()
+        except grpc.aio.AioRpcError as error:
+            if not self._write_failed or error.code() is not grpc.StatusCode.INTERNAL:
+                raise
+            # What gRPC makes of a message that it could not write.
+            nothing = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(
+                grpc.StatusCode.UNAVAILABLE, nothing, nothing, "the connection broke"
+            ) from error
+
+    def drop(self) -> None:
+        """Hang up; may be called again."""
+        self.call.cancel()
+        if not self._dropped:
+            self._dropped = True
+            self._pods.release(self.address)
+
+
+class AsyncLiveStream:
+    """One live speaker; leave its `async with` block, or call `end`, to give its place back.
+
+    `push`, `update`, `flush` and `end` wait for their answer. With `pipe`, or with `send` and `receive` from
+    two tasks, audio flows both ways at once. A connection that is lost is taken up again where it broke, at
+    whatever server has room. All methods raise grpc.RpcError when that fails, or when the server refuses:
+    `code()` and `details()` say why.
+    """
+
+    def __init__(self, client: "AsyncClient", talk: Conversation, timeout_seconds: float | None) -> None:
+        self.last: pb.EnhancedAudio | None = None
+        """The newest audio that came, with its position and its report."""
+        self.reconnections = 0
+        """How often the stream was taken up again, on another connection."""
+        self._client = client
+        self._talk = talk
+        self._timeout_seconds = timeout_seconds
+        self._writing = asyncio.Lock()  # whoever has it may write, or put another connection in place
+        self._room = asyncio.Event()
+        self._error: Exception | None = None
+        self._connection: _Connection
+        self._may_move = 0.0  # not before this time
+
+    async def open(self) -> Self:
+        """Find a server; `AsyncClient.stream` does it."""
+        await self._connect(Attempts(self._client.pods, self._client.patience_seconds))
+        return self
+
+    @property
+    def started(self) -> pb.StreamStarted:
+        """The server's description of the stream."""
+        return self._talk.started
+
+    @property
+    def delay_samples(self) -> int:
+        """Samples by which the output lags behind the input; left out if the delay is compensated."""
+        return self.started.delay_samples
+
+    async def push(self, samples: np.ndarray) -> np.ndarray:
+        """Send samples, float32 (n,) with full scale ±1, and wait for the answer: (n,) float32.
+
+        Raises ParameterError if n is no multiple of a stated `message_samples`: the answer would wait for
+        samples that nobody sends meanwhile.
+        """
+        return np.concatenate([(await self._ask(piece)).samples for piece in self._talk.pieces(samples)])
+
+    async def update(self, controls: Controls) -> int:
+        """Change the parameters; returns the number of the first input sample that they apply to."""
+        return (await self._ask(controls)).position
+
+    async def flush(self) -> np.ndarray:
+        """Return the tail of all that was sent; the next samples begin a new passage."""
+        return (await self._ask(Mark.FLUSH)).samples
+
+    async def end(self) -> np.ndarray:
+        """Return the tail and end the stream."""
+        return (await self._ask(Mark.END)).samples
+
+    async def pipe(
+        self, items: Iterable[Item] | AsyncIterable[Item], *, realtime: bool = False
+    ) -> AsyncIterator[np.ndarray]:
+        """Send all items and then the end; yields what comes back meanwhile, one array for each.
+
+        items: arrays of samples, and parameters in between; read in a task of its own. realtime: send every
+        array when its last sample would have been spoken.
+        """
+
+        async def speak() -> None:
+            pace = Pace(self._talk.sample_rate)
+            try:
+                async for item in _each(items):
+                    if realtime:
+                        await asyncio.sleep(pace.seconds_until_spoken(item))
+                    await self.send(item)
+                await self.send(Mark.END)
+            except Exception as error:
+                self._fail(error)
+
+        speaker = asyncio.create_task(speak())
+        try:
+            async with self:
+                while (answer := await self.receive()) is not None:
+                    yield answer.samples
+        finally:
+            speaker.cancel()
+
+    async def send(self, item: Item) -> None:
+        """Send one item; waits while a whole window of audio is unanswered."""
+        while self._talk.unanswered_samples > WINDOW_SECONDS * self._talk.sample_rate and not self._error:
+            self._room.clear()
+            await self._room.wait()
+        async with self._writing:
+            if self._error:
+                raise self._error
+            await self._connection.write(self._talk.ask(item))
+
+    async def receive(self) -> Answer | None:
+        """Wait for the answer to the oldest item that has none; None when the end was answered."""
+        while not self._talk.ended:
+            try:
+                response = await self._connection.read()
+            except grpc.RpcError as error:
+                await self._resume(error)
+                continue
+            except asyncio.InvalidStateError:
+                raise self._error or EndedError("the stream was closed") from None
+            if response is grpc.aio.EOF:
+                raise EndedError("the server ended the stream before its end was asked for")
+            answer = self._talk.take(response)
+            self._room.set()
+            if answer is not None:
+                if answer.message.HasField("audio"):
+                    self.last = answer.message.audio
+                if self._talk.ended:
+                    await self._hang_up()
+                elif self.last is not None and self.last.draining:
+                    await self._move()
+                return answer
+        return None
+
+    def close(self) -> None:
+        """Hang up, whatever is under way."""
+        self._fail(EndedError("the stream was closed"))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _ask(self, item: Item) -> Answer:
+        await self.send(item)
+        answer = await self.receive()
+        if answer is None:
+            raise EndedError("the stream was ended")
+        return answer
+
+    async def _connect(self, attempts: Attempts) -> None:
+        """Find a server."""
+        while True:
+            await self._client.refresh(attempts)
+            address = attempts.choose()
+            if address is None:
+                await asyncio.sleep(attempts.pause_seconds())
+                if self._error:
+                    raise self._error
+                continue
+            try:
+                self._connection = await self._open(address)
+                return
+            except grpc.RpcError as error:
+                attempts.failed(address, error)
+
+    async def _open(self, address: str) -> _Connection:
+        """Begin, or go on, at a server."""
+        opening = self._talk.opening()
+        connection = _Connection(self._client, address, self._timeout_seconds)
+        try:
+            for request in opening.messages:
+                await connection.write(request)
+            self._talk.opened(opening, await connection.read())
+        except BaseException:
+            connection.drop()
+            raise
+        self._client.pods.succeeded(address)
+        return connection
+
+    async def _resume(self, lost: grpc.RpcError) -> None:
+        """Go on after a connection was lost; raises the error if that is no use."""
+        self._connection.drop()
+        async with self._writing:
+            try:
+                if self._error:
+                    raise self._error from None
+                attempts = Attempts(self._client.pods, self._client.patience_seconds)
+                attempts.lost(self._connection.address, lost)
+                await self._connect(attempts)
+                self.reconnections += 1
+            except Exception as error:
+                self._error = error
+                self._room.set()
+                raise
+
+    async def _move(self) -> None:
+        """Leave a server that is about to stop, as soon as another one takes the stream."""
+        if time.monotonic() < self._may_move:
+            return
+        self._may_move = time.monotonic() + MOVE_SECONDS
+        pods, old = self._client.pods, self._connection
+        async with self._writing:
+            pods.avoid(old.address, LOOK_UP_SECONDS)
+            address = pods.choose()
+            if address is None:
+                return
+            try:
+                self._connection = await self._open(address)
+            except grpc.RpcError:
+                pods.avoid(address)
+                return
+            old.drop()
+            self.reconnections += 1
+
+    async def _hang_up(self) -> None:
+        """The end was answered: wait for the status, whatever it is."""
+        with suppress(grpc.RpcError, asyncio.InvalidStateError):
+            await self._connection.call.done_writing()
+            await self._connection.call.code()
+        self._connection.drop()
+
+    def _fail(self, error: Exception) -> None:
+        """End the stream, from any task."""
+        self._error = self._error or error
+        self._connection.drop()
+        self._room.set()
+
+
+class _Opening:
+    """A stream that is being opened: `await` it, or enter it with `async with`."""
+
+    def __init__(self, stream: AsyncLiveStream) -> None:
+        self._stream = stream
+
+    def __await__(self) -> Generator[Any, None, AsyncLiveStream]:
+        return self._stream.open().__await__()
+
+    async def __aenter__(self) -> AsyncLiveStream:
+        return await self._stream.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+
+class AsyncClient:
+    """Streams and clips at the servers behind one name, for the tasks of one event loop.
+
+    target: HOST:PORT; the streams spread over all addresses that the name has. tls: files for TLS; None
+    talks in the clear. api_key: sent with every call. patience_seconds: longest time without a server, when a
+    stream is opened or its connection lost, before the error is raised; full servers are asked again when
+    they said.
+    timeout_seconds: longest time for a unary call. resolver: looks the name up, in a thread.
+    Raises ParameterError for a target of another form, OSError for files that cannot be read.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        tls: Tls | None = None,
+        api_key: str | None = None,
+        patience_seconds: float = PATIENCE_SECONDS,
+        timeout_seconds: float = 60.0,
+        resolver: Resolver = look_up,
+    ) -> None:
+        self.pods: Pods[grpc.aio.Channel] = Pods(target, grpc.aio, tls, resolver)
+        self.metadata = call_metadata(api_key)
+        self.patience_seconds = patience_seconds
+        self._timeout_seconds = timeout_seconds
+
+    def stream(
+        self,
+        sample_rate: int,
+        *,
+        controls: Controls = Controls(),
+        message_samples: int = 0,
+        compensate_delay: bool = False,
+        report: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> _Opening:
+        """Open a live stream, `async with` or `await`; the fields are those of the proto's StreamConfig."""
+        talk = Conversation(
+            sample_rate,
+            controls,
+            message_samples=message_samples,
+            compensate_delay=compensate_delay,
+            report=report,
+        )
+        return _Opening(AsyncLiveStream(self, talk, timeout_seconds))
+
+    async def enhance(
+        self, samples: np.ndarray, sample_rate: int, *, controls: Controls = Controls()
+    ) -> np.ndarray:
+        """Enhance a clip, float32 (n,) with full scale ±1, up to a minute; as long, and not delayed."""
+        request = clip_request(samples, sample_rate, controls)
+        response = await self._unary("EnhanceClip", request, pb.EnhanceClipResponse)
+        return pcm.decode(response.audio, pcm.F32LE)
+
+    async def status(self) -> pb.GetStatusResponse:
+        """The model, the load and the capacity of one of the servers."""
+        return await self._unary("GetStatus", pb.GetStatusRequest(), pb.GetStatusResponse)
+
+    async def refresh(self, attempts: Attempts) -> None:
+        """Look the name up, if it is time to."""
+        if self.pods.stale:
+            try:
+                await asyncio.to_thread(self.pods.look_up)
+            except OSError as error:
+                attempts.not_found(error)
+            for channel in self.pods.forget():
+                await channel.close()
+
+    async def close(self) -> None:
+        """Hang up."""
+        for channel in self.pods.forget(everything=True):
+            await channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _unary(self, method: str, request: Any, response: Any) -> Any:
+        attempts = Attempts(self.pods, self.patience_seconds)
+        while True:
+            await self.refresh(attempts)
+            address = attempts.choose()
+            if address is None:
+                await asyncio.sleep(attempts.pause_seconds())
+                continue
+            call = self.pods.channel(address).unary_unary(
+                f"{SERVICE}/{method}", type(request).SerializeToString, response.FromString
+            )
+            try:
+                return await call(request, timeout=self._timeout_seconds, metadata=self.metadata)
+            except grpc.RpcError as error:
+                attempts.failed(address, error)
+            finally:
+                self.pods.release(address)
+
+
+@contextmanager
+def _only_own_cancellation() -> Iterator[None]:
+    """gRPC raises CancelledError for a call that was hung up; only the task's own may pass as one."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise asyncio.InvalidStateError("the call was hung up") from None
+
+
+async def _each(items: Iterable[Item] | AsyncIterable[Item]) -> AsyncIterator[Item]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item

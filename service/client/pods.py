@@ -1,0 +1,272 @@
+"""Which server a stream goes to: the addresses behind a name, what they carry, and which to leave alone.
+
+Behind a headless service a name stands for all pods. A client holds a channel to each that it uses, spreads
+its streams evenly, leaves a full or a dead one alone for a while, and looks the name up again now and then.
+"""
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+from percepnet.errors import ParameterError
+from service.settings import Address
+
+LOOK_UP_SECONDS = 5.0
+"""Age from which the addresses are looked up again: cluster DNS lets records live as long."""
+
+PATIENCE_SECONDS = 10.0
+"""Time without a server after which an error is raised, by default: one that is replaced is back by then."""
+
+MOVE_SECONDS = 1.0
+"""Between two looks for another server, while the present one is about to stop."""
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
+"""A server that cannot be reached is left alone for a time that doubles from one to the other."""
+
+Resolver = Callable[[str, int], Iterable[str]]
+"""Host and port → addresses HOST:PORT; blocks, and raises OSError."""
+
+Channel = TypeVar("Channel")
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Files for TLS, in PEM: who is trusted, and for mTLS who we are."""
+
+    root_certificates: Path | None = None
+    """Of those who may vouch for the server; None for those that gRPC brings."""
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def credentials(self) -> Any:
+        """For gRPC; raises OSError for a file that cannot be read."""
+        roots, key, certificate = (
+            None if path is None else path.read_bytes()
+            for path in (self.root_certificates, self.key, self.certificate)
+        )
+        return grpc.ssl_channel_credentials(roots, key, certificate)
+
+
+def look_up(host: str, port: int) -> list[str]:
+    """The addresses of a name by the system's resolver."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(Address(str(info[4][0]), port)) for info in found))
+
+
+@dataclass
+class _Pod:
+    streams: int = 0
+    """Held by this client."""
+    turn: int = 0
+    """When it was chosen last."""
+    failures: int = 0
+    """Since a stream was opened there."""
+    until: float = 0.0
+    """Left alone till then."""
+    listed: bool = True
+    """Its address still stands behind the name."""
+
+
+class Pods(Generic[Channel]):
+    """The servers behind one name, and a channel to each that is used. May be shared by threads.
+
+    target: HOST:PORT. maker: grpc or grpc.aio, which make channels alike. tls: None talks in the clear.
+    resolver: looks the name up.
+    Raises ParameterError for a target of another form.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        maker: Any,
+        tls: Tls | None = None,
+        resolver: Resolver = look_up,
+    ) -> None:
+        try:
+            self._name = Address.parse(target)
+        except ValueError as error:
+            raise ParameterError(f"the target {target!r}; accepted is {error}") from error
+        self._maker = maker
+        self._credentials = tls and tls.credentials()
+        self._resolver = resolver
+        self._pods: dict[str, _Pod] = {}
+        self._channels: dict[str, Channel] = {}
+        self._looked_up = float("-inf")
+        self._turn = 0
+        self._lock = threading.Lock()
+
+    @property
+    def stale(self) -> bool:
+        """Whether it is time for `look_up`."""
+        return time.monotonic() - self._looked_up > LOOK_UP_SECONDS
+
+    def look_up(self) -> None:
+        """Look the name up; blocks. Raises OSError if that fails and no address is known from before."""
+        with self._lock:
+            self._looked_up = time.monotonic()  # the others go on with what is known
+        try:
+            found = list(self._resolver(self._name.host, self._name.port))
+        except OSError:
+            if not self._pods:
+                self._looked_up = float("-inf")
+                raise
+            return
+        random.shuffle(found)  # or all clients would begin with the same pod
+        with self._lock:
+            for pod in self._pods.values():
+                pod.listed = False
+            for address in found:
+                self._pods.setdefault(address, _Pod()).listed = True
+
+    def choose(self, *, anyway: bool = False) -> str | None:
+        """Take a place at the listed pod with the fewest streams of this client, in turn among equals.
+
+        `release` gives it back. Of pods that are all to be left alone for now, none is taken (None), or
+        anyway the one whose time is over soonest.
+        """
+        now = time.monotonic()
+        with self._lock:
+            listed = {name: pod for name, pod in self._pods.items() if pod.listed}
+            ready = {name: pod for name, pod in listed.items() if pod.until <= now}
+            if ready:
+                chosen = min(ready, key=lambda name: (ready[name].streams, ready[name].turn))
+            elif listed and anyway:
+                chosen = min(listed, key=lambda name: listed[name].until)
+            else:
+                return None
+            self._turn += 1
+            self._pods[chosen].turn = self._turn
+            self._pods[chosen].streams += 1
+            return chosen
+
+    def release(self, address: str) -> None:
+        """Give a place back."""
+        with self._lock:
+            if address in self._pods:
+                self._pods[address].streams -= 1
+
+    def succeeded(self, address: str) -> None:
+        """A pod works."""
+        with self._lock:
+            self._pods[address].failures = 0
+
+    def avoid(self, address: str, seconds: float | None = None) -> None:
+        """Leave a pod alone for the time it asked for, or one that doubles with every failure."""
+        with self._lock:
+            pod = self._pods[address]
+            if seconds is None:
+                seconds = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**pod.failures)
+                pod.failures += 1
+                self._looked_up = float("-inf")  # there may be another one in its place
+            # Those who were turned away together should not come back together.
+            pod.until = time.monotonic() + seconds * random.uniform(1, 1.25)
+
+    def seconds_until_ready(self) -> float:
+        """Time until `choose` may find one."""
+        with self._lock:
+            times = [pod.until for pod in self._pods.values() if pod.listed]
+        return max(0.0, min(times) - time.monotonic()) if times else FIRST_PAUSE_SECONDS
+
+    def channel(self, address: str) -> Channel:
+        """The channel to a pod."""
+        with self._lock:
+            if address not in self._channels:
+                self._channels[address] = self._make(address)
+            return self._channels[address]
+
+    def forget(self, *, everything: bool = False) -> list[Channel]:
+        """Forget the pods that are gone and carry no stream, or all; returns their channels for closing."""
+        with self._lock:
+            gone = [name for name, pod in self._pods.items() if everything or not (pod.listed or pod.streams)]
+            for name in gone:
+                del self._pods[name]
+            return [self._channels.pop(name) for name in gone if name in self._channels]
+
+    def _make(self, address: str) -> Channel:
+        options: list[tuple[str, Any]] = [
+            ("grpc.default_authority", str(self._name)),
+            # A server that vanished without a word is noticed in 25 s; half-open connections in 5 s.
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.min_reconnect_backoff_ms", 5_000),
+            ("grpc.initial_reconnect_backoff_ms", round(1000 * FIRST_PAUSE_SECONDS)),
+            ("grpc.max_reconnect_backoff_ms", round(1000 * LONGEST_PAUSE_SECONDS)),
+            ("grpc.max_receive_message_length", -1),
+        ]
+        if self._credentials is None:
+            return self._maker.insecure_channel(address, options=options)
+        # Pods are reached by number; their certificate bears the name.
+        options.append(("grpc.ssl_target_name_override", self._name.host))
+        return self._maker.secure_channel(address, self._credentials, options=options)
+
+
+class Attempts:
+    """How long one stream goes on trying to find a server: decides, and waits for nobody.
+
+    patience_seconds: after this time without a server the last refusal stands. Whatever the patience, one
+    server is tried, and every one that does not want to be left alone.
+    """
+
+    def __init__(self, pods: Pods[Any], patience_seconds: float) -> None:
+        self._pods = pods
+        self._deadline = time.monotonic() + patience_seconds
+        self._error: Exception | None = None
+
+    def choose(self) -> str | None:
+        """The server to try now; None if it is time for `pause_seconds`."""
+        return self._pods.choose(anyway=self._error is None)
+
+    def lost(self, address: str, error: grpc.RpcError) -> None:
+        """Take note of a connection that broke; raises the error where trying again is no use."""
+        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            raise error
+        self._pods.avoid(address)
+
+    def failed(self, address: str, error: grpc.RpcError) -> None:
+        """Take note of a server that did not take the call; raises the error where trying again is no use."""
+        full, pause = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, pushback_seconds(error)
+        if full and pause is not None:
+            self._pods.avoid(address, pause)
+            self._error = error
+        elif error.code() is grpc.StatusCode.UNAVAILABLE:
+            self._pods.avoid(address)
+            # That one server is full says more than that another one is not there.
+            if not _is_full(self._error):
+                self._error = error
+        else:
+            raise error
+
+    def not_found(self, error: OSError) -> None:
+        """Take note that the name could not be looked up."""
+        self._error = error
+
+    def pause_seconds(self) -> float:
+        """How long to wait before the next attempt; raises the last error when patience is over."""
+        pause = self._pods.seconds_until_ready()
+        if time.monotonic() + pause > self._deadline:
+            raise self._error or OSError("no address stands behind the name")
+        return pause
+
+
+def pushback_seconds(error: grpc.RpcError) -> float | None:
+    """When the server wants to be asked again; None if it did not say, or never."""
+    for name, value in error.trailing_metadata() or ():
+        if name == "grpc-retry-pushback-ms" and str(value).isdecimal():
+            return int(value) / 1000
+    return None
+
+
+def _is_full(error: Exception | None) -> bool:
+    return isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """What goes with every call."""
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)

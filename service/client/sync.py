@@ -1,0 +1,373 @@
+"""The client for plain Python: blocking calls, from any number of threads."""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import numpy as np
+
+from percepnet.synthesis import Controls
+from service import pcm
+from service.client.conversation import (
+    SERVICE,
+    WINDOW_SECONDS,
+    Answer,
+    Conversation,
+    EndedError,
+    Item,
+    Mark,
+    Pace,
+    Request,
+    Response,
+    clip_request,
+)
+from service.client.pods import (
+    LOOK_UP_SECONDS,
+    MOVE_SECONDS,
+    PATIENCE_SECONDS,
+    Attempts,
+    Pods,
+    Resolver,
+    Tls,
+    call_metadata,
+    look_up,
+)
+from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
+
+
+class _Connection:
+    """One RPC at one server, which holds a place there until it is dropped."""
+
+    def __init__(self, client: "Client", address: str, timeout_seconds: float | None) -> None:
+        self.address = address
+        self.requests: SimpleQueue[Request | None] = SimpleQueue()
+        self._pods = client.pods
+        self._dropped = False
+        method = client.pods.channel(address).stream_stream(
+            f"{SERVICE}/EnhanceStream", Request.SerializeToString, Response.FromString
+        )
+        requests = iter(self.requests.get, None)
+        self.call: Any = method(requests, timeout=timeout_seconds, metadata=client.metadata)
+
+    def drop(self) -> None:
+        """Hang up; may be called again."""
+        self.call.cancel()
+        if not self._dropped:
+            self._dropped = True
+            self.requests.put(None)
+            self._pods.release(self.address)
+
+
+class LiveStream:
+    """One live speaker; leave its `with` block, or call `end`, to give its place back.
+
+    `push`, `update`, `flush` and `end` wait for their answer. With `pipe`, or with `send` and `receive` from
+    two threads, audio flows both ways at once. A connection that is lost is taken up again where it broke, at
+    whatever server has room. All methods raise grpc.RpcError when that fails, or when the server refuses:
+    `code()` and `details()` say why.
+    """
+
+    def __init__(self, client: "Client", talk: Conversation, timeout_seconds: float | None) -> None:
+        self.last: pb.EnhancedAudio | None = None
+        """The newest audio that came, with its position and its report."""
+        self.reconnections = 0
+        """How often the stream was taken up again, on another connection."""
+        self._client = client
+        self._talk = talk
+        self._timeout_seconds = timeout_seconds
+        self._changed = threading.Condition()
+        self._error: Exception | None = None
+        self._connection: _Connection
+        self._may_move = 0.0  # not before this time
+        with self._changed:
+            self._connect(Attempts(client.pods, client.patience_seconds))
+
+    @property
+    def started(self) -> pb.StreamStarted:
+        """The server's description of the stream."""
+        return self._talk.started
+
+    @property
+    def delay_samples(self) -> int:
+        """Samples by which the output lags behind the input; left out if the delay is compensated."""
+        return self.started.delay_samples
+
+    def push(self, samples: np.ndarray) -> np.ndarray:
+        """Send samples, float32 (n,) with full scale ±1, and wait for the answer: (n,) float32.
+
+        Raises ParameterError if n is no multiple of a stated `message_samples`: the answer would wait for
+        samples that nobody sends meanwhile.
+        """
+        return np.concatenate([self._ask(piece).samples for piece in self._talk.pieces(samples)])
+
+    def update(self, controls: Controls) -> int:
+        """Change the parameters; returns the number of the first input sample that they apply to."""
+        return self._ask(controls).position
+
+    def flush(self) -> np.ndarray:
+        """Return the tail of all that was sent; the next samples begin a new passage."""
+        return self._ask(Mark.FLUSH).samples
+
+    def end(self) -> np.ndarray:
+        """Return the tail and end the stream."""
+        return self._ask(Mark.END).samples
+
+    def pipe(self, items: Iterable[Item], *, realtime: bool = False) -> Iterator[np.ndarray]:
+        """Send all items and then the end; yields what comes back meanwhile, one array for each.
+
+        items: arrays of samples, and parameters in between; read in a thread of its own. realtime: send every
+        array when its last sample would have been spoken.
+        """
+
+        def speak() -> None:
+            pace = Pace(self._talk.sample_rate)
+            try:
+                for item in items:
+                    if realtime:
+                        time.sleep(pace.seconds_until_spoken(item))
+                    self.send(item)
+                self.send(Mark.END)
+            except Exception as error:
+                self._fail(error)
+
+        threading.Thread(target=speak, daemon=True).start()
+        with self:
+            while (answer := self.receive()) is not None:
+                yield answer.samples
+
+    def send(self, item: Item) -> None:
+        """Send one item; waits while a whole window of audio is unanswered."""
+        with self._changed:
+            while self._talk.unanswered_samples > WINDOW_SECONDS * self._talk.sample_rate and not self._error:
+                self._changed.wait()
+            if self._error:
+                raise self._error
+            self._connection.requests.put(self._talk.ask(item))
+
+    def receive(self) -> Answer | None:
+        """Wait for the answer to the oldest item that has none; None when the end was answered."""
+        while not self._talk.ended:
+            try:
+                response = next(self._connection.call, None)
+            except grpc.RpcError as error:
+                self._resume(error)
+                continue
+            if response is None:
+                raise EndedError("the server ended the stream before its end was asked for")
+            with self._changed:
+                answer = self._talk.take(response)
+                self._changed.notify_all()
+            if answer is not None:
+                if answer.message.HasField("audio"):
+                    self.last = answer.message.audio
+                if self._talk.ended:
+                    self._hang_up()
+                elif self.last is not None and self.last.draining:
+                    self._move()
+                return answer
+        return None
+
+    def close(self) -> None:
+        """Hang up, whatever is under way."""
+        self._fail(EndedError("the stream was closed"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, item: Item) -> Answer:
+        self.send(item)
+        answer = self.receive()
+        if answer is None:
+            raise EndedError("the stream was ended")
+        return answer
+
+    def _connect(self, attempts: Attempts) -> None:
+        """Find a server; the lock is held, but for pauses."""
+        while True:
+            self._client.refresh(attempts)
+            address = attempts.choose()
+            if address is None:
+                self._changed.wait(attempts.pause_seconds())
+                if self._error:
+                    raise self._error
+                continue
+            try:
+                self._connection = self._open(address)
+                return
+            except grpc.RpcError as error:
+                attempts.failed(address, error)
+
+    def _open(self, address: str) -> _Connection:
+        """Begin, or go on, at a server."""
+        opening = self._talk.opening()
+        connection = _Connection(self._client, address, self._timeout_seconds)
+        for request in opening.messages:
+            connection.requests.put(request)
+        try:
+            self._talk.opened(opening, next(connection.call))
+        except BaseException:
+            connection.drop()
+            raise
+        self._client.pods.succeeded(address)
+        return connection
+
+    def _resume(self, lost: grpc.RpcError) -> None:
+        """Go on after a connection was lost; raises the error if that is no use."""
+        with self._changed:
+            self._connection.drop()
+            try:
+                if self._error:
+                    raise self._error from None
+                attempts = Attempts(self._client.pods, self._client.patience_seconds)
+                attempts.lost(self._connection.address, lost)
+                self._connect(attempts)
+                self.reconnections += 1
+            except Exception as error:
+                self._error = error
+                self._changed.notify_all()
+                raise
+
+    def _move(self) -> None:
+        """Leave a server that is about to stop, as soon as another one takes the stream."""
+        if time.monotonic() < self._may_move:
+            return
+        self._may_move = time.monotonic() + MOVE_SECONDS
+        pods, old = self._client.pods, self._connection
+        with self._changed:
+            pods.avoid(old.address, LOOK_UP_SECONDS)
+            address = pods.choose()
+            if address is None:
+                return
+            try:
+                self._connection = self._open(address)
+            except grpc.RpcError:
+                pods.avoid(address)
+                return
+            old.drop()
+            self.reconnections += 1
+
+    def _hang_up(self) -> None:
+        """The end was answered: wait for the status, whatever it is."""
+        self._connection.requests.put(None)
+        with suppress(grpc.RpcError):
+            for _ in self._connection.call:
+                pass
+        self._connection.drop()
+
+    def _fail(self, error: Exception) -> None:
+        """End the stream, from any thread."""
+        self._error = self._error or error
+        with self._changed:
+            self._connection.drop()
+            self._changed.notify_all()
+
+
+class Client:
+    """Streams and clips at the servers behind one name, for any number of threads.
+
+    target: HOST:PORT; the streams spread over all addresses that the name has. tls: files for TLS; None
+    talks in the clear. api_key: sent with every call. patience_seconds: longest time without a server, when a
+    stream is opened or its connection lost, before the error is raised; full servers are asked again when
+    they said.
+    timeout_seconds: longest time for a unary call. resolver: looks the name up.
+    Raises ParameterError for a target of another form, OSError for files that cannot be read.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        tls: Tls | None = None,
+        api_key: str | None = None,
+        patience_seconds: float = PATIENCE_SECONDS,
+        timeout_seconds: float = 60.0,
+        resolver: Resolver = look_up,
+    ) -> None:
+        self.pods: Pods[grpc.Channel] = Pods(target, grpc, tls, resolver)
+        self.metadata = call_metadata(api_key)
+        self.patience_seconds = patience_seconds
+        self._timeout_seconds = timeout_seconds
+
+    def stream(
+        self,
+        sample_rate: int,
+        *,
+        controls: Controls = Controls(),
+        message_samples: int = 0,
+        compensate_delay: bool = False,
+        report: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> LiveStream:
+        """Open a live stream; the fields are those of the proto's StreamConfig."""
+        talk = Conversation(
+            sample_rate,
+            controls,
+            message_samples=message_samples,
+            compensate_delay=compensate_delay,
+            report=report,
+        )
+        return LiveStream(self, talk, timeout_seconds)
+
+    def enhance(
+        self, samples: np.ndarray, sample_rate: int, *, controls: Controls = Controls()
+    ) -> np.ndarray:
+        """Enhance a clip, float32 (n,) with full scale ±1, up to a minute; as long, and not delayed."""
+        response = self._unary(
+            "EnhanceClip", clip_request(samples, sample_rate, controls), pb.EnhanceClipResponse
+        )
+        return pcm.decode(response.audio, pcm.F32LE)
+
+    def status(self) -> pb.GetStatusResponse:
+        """The model, the load and the capacity of one of the servers."""
+        return self._unary("GetStatus", pb.GetStatusRequest(), pb.GetStatusResponse)
+
+    def refresh(self, attempts: Attempts) -> None:
+        """Look the name up, if it is time to."""
+        if self.pods.stale:
+            try:
+                self.pods.look_up()
+            except OSError as error:
+                attempts.not_found(error)
+            for channel in self.pods.forget():
+                channel.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        for channel in self.pods.forget(everything=True):
+            channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _unary(self, method: str, request: Any, response: Any) -> Any:
+        attempts = Attempts(self.pods, self.patience_seconds)
+        while True:
+            self.refresh(attempts)
+            address = attempts.choose()
+            if address is None:
+                time.sleep(attempts.pause_seconds())
+                continue
+            call = self.pods.channel(address).unary_unary(
+                f"{SERVICE}/{method}", type(request).SerializeToString, response.FromString
+            )
+            try:
+                return call(request, timeout=self._timeout_seconds, metadata=self.metadata)
+            except grpc.RpcError as error:
+                attempts.failed(address, error)
+            finally:
+                self.pods.release(address)

@@ -1,0 +1,386 @@
+"""The Python clients, sync and asyncio, against real servers on real sockets.
+
+Invariant: whatever happens to connections and servers, a stream's output has a sample for every sample sent,
+in its place, or the stream ends in one error that says why.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from running import Link, eventually, running
+
+from percepnet.enhancer import Enhancer
+from percepnet.errors import ParameterError
+from percepnet.model import Model
+from percepnet.stream import enhance
+from percepnet.synthesis import Controls
+from service.client import AsyncClient, Client, EndedError, LiveStream, Mark, pods
+from service.main import Server
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def enhancer(random_model: Model) -> Enhancer:
+    return Enhancer(random_model)
+
+
+@contextmanager
+def serving(enhancer: Enhancer, **choices: Any) -> Iterator[str]:
+    with running(enhancer, **choices) as server:
+        yield address(server)
+
+
+def address(server: Server) -> str:
+    return f"127.0.0.1:{server.grpc.port}"
+
+
+@pytest.fixture(scope="module")
+def target(enhancer: Enhancer) -> Iterator[str]:
+    """A server that anybody may use."""
+    with serving(enhancer) as target:
+        yield target
+
+
+@pytest.fixture
+def link(target: str) -> Iterator[Link]:
+    """A way to that server that can be cut."""
+    with Link(int(target.rpartition(":")[2])) as link:
+        yield link
+
+
+def noise(n_samples: int, seed: int = 0) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(n_samples)).astype(np.float32)
+
+
+def chunks(samples: np.ndarray, size: int = 160) -> Iterator[np.ndarray]:
+    return (samples[start : start + size] for start in range(0, len(samples), size))
+
+
+def test_a_pipe_gives_the_offline_result(target: str, enhancer: Enhancer) -> None:
+    samples = noise(40_000)
+    with Client(target) as client:
+        stream = client.stream(RATE, compensate_delay=True)
+        output = np.concatenate(list(stream.pipe(chunks(samples, 777))))
+    np.testing.assert_array_equal(output, enhance(samples, RATE, enhancer=enhancer))
+
+
+def test_an_asyncio_pipe_gives_the_offline_result(target: str, enhancer: Enhancer) -> None:
+    samples = noise(40_000)
+
+    async def main() -> list[np.ndarray]:
+        async with AsyncClient(target) as client:
+            stream = await client.stream(RATE, compensate_delay=True)
+            return [output async for output in stream.pipe(chunks(samples, 777))]
+
+    output = np.concatenate(asyncio.run(main()))
+    np.testing.assert_array_equal(output, enhance(samples, RATE, enhancer=enhancer))
+
+
+def test_asyncio_streams_speak_at_once(target: str, enhancer: Enhancer) -> None:
+    """Lockstep, with parameters, passages and a report, many on one connection."""
+
+    async def speak(client: AsyncClient, seed: int) -> list[np.ndarray]:
+        samples = noise(2_000, seed)
+        async with client.stream(RATE, compensate_delay=True, report=True) as stream:
+            passages = [np.concatenate([await stream.push(samples), await stream.flush()])]
+            assert stream.last is not None
+            assert 0 < stream.last.report.mean_gain <= 1
+            assert await stream.update(Controls(mix=0)) == 0
+            return [*passages, np.concatenate([await stream.push(samples), await stream.end()])]
+
+    async def main() -> list[list[np.ndarray]]:
+        async with AsyncClient(target) as client:
+            results = await asyncio.gather(*(speak(client, seed) for seed in range(3)))
+            assert (await client.status()).model_name == "random"
+            clip = noise(1_000)
+            np.testing.assert_array_equal(
+                await client.enhance(clip, RATE), enhance(clip, RATE, enhancer=enhancer)
+            )
+            return results
+
+    for seed, passages in enumerate(asyncio.run(main())):
+        for passage, controls in zip(passages, (Controls(), Controls(mix=0)), strict=True):
+            expected = enhance(noise(2_000, seed), RATE, controls=controls, enhancer=enhancer)
+            np.testing.assert_array_equal(passage, expected)
+
+
+def test_a_long_push_goes_in_pieces(target: str, enhancer: Enhancer) -> None:
+    samples = noise(35_200)
+    with Client(target) as client, client.stream(RATE, message_samples=160) as stream:
+        output = np.concatenate([stream.push(samples), stream.end()])
+        with pytest.raises(EndedError):
+            stream.push(samples)
+    expected = enhance(samples, RATE, enhancer=enhancer)
+    np.testing.assert_array_equal(output[stream.delay_samples :], expected)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 80), np.float32), np.zeros(159, np.float32)])
+def test_what_cannot_be_sent_is_told_at_once(target: str, bad: np.ndarray) -> None:
+    with Client(target) as client, client.stream(RATE, message_samples=160) as stream:
+        with pytest.raises(ParameterError, match="takes"):
+            stream.push(bad)
+        with pytest.raises(ParameterError, match="takes"):
+            list(stream.pipe([bad]))
+
+
+def test_a_server_that_refuses_is_not_asked_again(target: str) -> None:
+    with Client(target) as client, pytest.raises(grpc.RpcError) as refused:
+        client.stream(96_000)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(ParameterError, match="'nowhere'; accepted is HOST:PORT"):
+        Client("nowhere")
+
+
+def test_realtime_sends_no_sample_before_it_was_spoken(target: str) -> None:
+    with Client(target) as client:
+        started = time.monotonic()
+        samples = noise(RATE // 4)
+        outputs = list(client.stream(RATE).pipe(chunks(samples), realtime=True))
+        assert time.monotonic() - started >= 0.25
+    assert sum(map(len, outputs[:-1])) == len(samples)
+
+
+def test_sending_waits_while_nobody_receives(target: str) -> None:
+    with Client(target) as client, client.stream(RATE) as stream:
+        sent = []
+
+        def speak() -> None:
+            for chunk in chunks(noise(4 * RATE), 1_600):
+                stream.send(chunk)
+                sent.append(chunk)
+            stream.send(Mark.END)
+
+        speaker = threading.Thread(target=speak)
+        speaker.start()
+        eventually(lambda: len(sent) == 11, "a full window")
+        received = [stream.receive() for _ in range(40)]
+        tail = stream.receive()
+        assert tail is not None
+        assert len(tail.samples) == stream.delay_samples
+        assert stream.receive() is None
+        speaker.join()
+    assert [len(answer.samples) for answer in received if answer] == [1_600] * 40
+
+
+def test_leaving_a_stream_frees_a_sender_that_waits(target: str) -> None:
+    failures: list[Exception] = []
+
+    def speak(stream: LiveStream) -> None:
+        try:
+            while True:
+                stream.send(noise(1_600))
+        except Exception as error:
+            failures.append(error)
+
+    with Client(target) as client:
+        with client.stream(RATE) as stream:
+            speaker = threading.Thread(target=speak, args=[stream])
+            speaker.start()
+            time.sleep(0.05)
+        speaker.join()
+    assert isinstance(failures[0], EndedError)
+
+
+def test_a_cancelled_asyncio_task_gives_its_place_back(target: str) -> None:
+    async def main() -> None:
+        async with AsyncClient(target) as client:
+
+            async def speak() -> None:
+                async with client.stream(RATE) as stream:
+                    while True:
+                        await stream.push(noise(160))
+
+            speaker = asyncio.create_task(speak())
+            while not (await client.status()).active_streams:
+                await asyncio.sleep(0.01)
+            speaker.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await speaker
+            while (await client.status()).active_streams:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_broken_connection_leaves_no_trace(link: Link, enhancer: Enhancer) -> None:
+    """Cut between messages, with parameters changed and a passage ended on the way."""
+    samples = noise(9_600)
+    with Client(link.target) as client, client.stream(RATE, compensate_delay=True) as stream:
+        passages = []
+        for controls in (Controls(), Controls(mix=0.5)):
+            stream.update(controls)
+            outputs = []
+            for i, chunk in enumerate(chunks(samples, 480)):
+                if i % 9 == 5:
+                    link.cut()
+                outputs.append(stream.push(chunk))
+            link.cut()
+            outputs.append(stream.flush())
+            passages.append(np.concatenate(outputs))
+        assert stream.reconnections == 6
+        assert len(stream.end()) == 0
+    np.testing.assert_array_equal(passages[0], enhance(samples, RATE, enhancer=enhancer))
+    # Parameters of a passage that has begun ramp; here they are those of its beginning.
+    expected = enhance(samples, RATE, controls=Controls(mix=0.5), enhancer=enhancer)
+    np.testing.assert_array_equal(passages[1], expected)
+
+
+def test_an_asyncio_pipe_survives_a_broken_connection(link: Link, enhancer: Enhancer) -> None:
+    samples = noise(12_000)
+
+    async def main() -> np.ndarray:
+        async with AsyncClient(link.target) as client:
+            stream = await client.stream(RATE, compensate_delay=True)
+            outputs = []
+            async for output in stream.pipe(chunks(samples)):
+                outputs.append(output)
+                if len(outputs) in (10, 40):
+                    link.cut()
+            assert stream.reconnections == 2
+            return np.concatenate(outputs)
+
+    np.testing.assert_array_equal(asyncio.run(main()), enhance(samples, RATE, enhancer=enhancer))
+
+
+def test_positions_go_on_after_a_break_in_a_long_passage(link: Link) -> None:
+    """All dry the output is the input, whatever the model's memory: every sample must be in its place."""
+    samples = noise(4 * 48_000, seed=1)
+    with Client(link.target) as client, client.stream(48_000, controls=Controls(mix=0)) as stream:
+        outputs = []
+        for i, chunk in enumerate(chunks(samples, 4_800)):
+            if i == 30:
+                link.cut()
+            outputs.append(stream.push(chunk))
+            assert stream.last is not None
+            assert stream.last.position == 4_800 * i - stream.delay_samples
+        outputs.append(stream.end())
+        assert stream.reconnections == 1
+    output = np.concatenate(outputs)
+    np.testing.assert_allclose(output[stream.delay_samples :], samples, atol=1e-5)
+
+
+def test_a_lost_server_is_told_when_patience_is_over(enhancer: Enhancer) -> None:
+    with serving(enhancer, shutdown_grace_seconds=0.1) as target:
+        client = Client(target, patience_seconds=0.3)
+        stream = client.stream(RATE)
+        stream.push(noise(160))
+    with client:
+        for call in (lambda: stream.push(noise(160)), client.status):
+            with pytest.raises(grpc.RpcError) as lost:
+                call()
+            assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_full_server_is_asked_again_when_it_said(enhancer: Enhancer) -> None:
+    with serving(enhancer, max_streams=1) as target, Client(target) as client:
+        first = client.stream(RATE)
+        threading.Timer(0.1, first.close).start()
+        started = time.monotonic()
+        with client.stream(RATE) as second:
+            assert len(second.push(noise(160))) == 160
+        assert time.monotonic() - started >= 1  # the server's hint
+
+
+class Names:
+    """A resolver whose answer can be changed."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses = list(addresses)
+        self.asked: set[tuple[str, int]] = set()
+
+    def __call__(self, host: str, port: int) -> list[str]:
+        self.asked.add((host, port))
+        return self.addresses
+
+
+def test_streams_spread_evenly_avoid_full_pods_and_find_new_ones(
+    enhancer: Enhancer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pods, "LOOK_UP_SECONDS", 0)
+    with (
+        serving(enhancer, max_streams=2) as one,
+        serving(enhancer, max_streams=4) as two,
+        serving(enhancer, max_streams=4) as three,
+    ):
+        names = Names(one, two)
+        with Client("calls:50051", resolver=names, patience_seconds=0) as client:
+            streams = [client.stream(RATE) for _ in range(4)]
+            assert active(one, two, three) == [2, 2, 0]
+            streams += [client.stream(RATE) for _ in range(2)]
+            assert active(one, two, three) == [2, 4, 0]
+            with pytest.raises(grpc.RpcError) as full:
+                client.stream(RATE)
+            assert full.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            names.addresses.append(three)
+            streams += [client.stream(RATE) for _ in range(2)]
+            assert active(one, two, three) == [2, 4, 2]
+            names.addresses.remove(two)
+            streams[0].close()
+            streams += [client.stream(RATE)]
+            for stream in streams[1:]:
+                assert len(stream.push(noise(160))) == 160
+                stream.end()
+        assert names.asked == {("calls", 50051)}
+
+
+def active(*targets: str) -> list[int]:
+    """How many streams each server has."""
+    counts = []
+    for target in targets:
+        with Client(target) as client:
+            counts.append(client.status().active_streams)
+    return counts
+
+
+def test_dead_pods_cost_their_streams_nothing(enhancer: Enhancer, target: str) -> None:
+    """An address where nobody listens, and one whose server goes away."""
+    samples = noise(8_000)
+    with serving(enhancer, shutdown_grace_seconds=0.1) as dying:
+        names = Names(dying, "127.0.0.9:9")
+        client = Client("calls:50051", resolver=names)
+        streams = [client.stream(RATE, compensate_delay=True) for _ in range(3)]
+        assert active(dying) == [3]
+        heads = [stream.push(samples[:4_000]) for stream in streams]
+        names.addresses = [target, "127.0.0.9:9"]
+    with client:
+        for stream, head in zip(streams, heads, strict=True):
+            output = np.concatenate([head, stream.push(samples[4_000:]), stream.end()])
+            assert stream.reconnections == 1
+            np.testing.assert_array_equal(output, enhance(samples, RATE, enhancer=enhancer))
+
+
+def test_streams_leave_a_server_that_is_about_to_stop(enhancer: Enhancer, target: str) -> None:
+    samples = noise(4_800)
+    with running(enhancer, shutdown_grace_seconds=30) as stopping:
+        names = Names(address(stopping))
+        with Client("calls:50051", resolver=names) as client:
+            stream = client.stream(RATE, compensate_delay=True)
+            outputs = [stream.push(samples[:1_600])]
+            names.addresses = [target]
+            client.pods.look_up()
+            stopping.should_exit = True
+            eventually(lambda: stopping.health.stopping, "the end")
+            outputs += [stream.push(chunk) for chunk in chunks(samples[1_600:])]
+            assert stream.reconnections == 1
+            outputs.append(stream.end())
+    np.testing.assert_array_equal(np.concatenate(outputs), enhance(samples, RATE, enhancer=enhancer))
+
+
+def test_a_name_that_nobody_knows_is_told() -> None:
+    def unknown(host: str, port: int) -> list[str]:
+        raise OSError(f"{host} is not known")
+
+    with Client("calls:50051", resolver=unknown, patience_seconds=0) as client:
+        with pytest.raises(OSError, match="calls is not known"):
+            client.stream(RATE)
+        client.pods._resolver = lambda host, port: []
+        with pytest.raises(OSError, match="no address stands behind"):
+            client.status()
