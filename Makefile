@@ -15,7 +15,7 @@ VERSION ?= 0.0.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format bench train clean
+.PHONY: help serve test lint format bench image train clean
 
 help: ## Show the verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,9 @@ format: $(VENV)/.dev ## Format the code
 
 bench: $(VENV)/.service ## Measure what streams and files cost on this machine
 	$(BIN)/percepnet bench $(ARGS)
+
+image: $(VENV)/.created ## Take the steps of deploy/Dockerfile without Docker, and use what they build
+	$(BIN)/python tests/deploy/exercise_image.py
 
 # PyTorch comes in many builds: install the one for your machine into $(VENV) first, or get the default one.
 train: $(VENV)/.train $(CACHE)/cache.json ## Train a model: prepare DATA, train (goes on after a stop), export, evaluate

@@ -1,5 +1,8 @@
 """The bundled model does what the product promises, on the README's example."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +82,13 @@ def test_a_stream_equals_the_file(noisy: np.ndarray, enhanced: np.ndarray) -> No
     parts = [stream.push(noisy[start : start + 480]) for start in range(0, len(noisy), 480)]
     live = np.concatenate([*parts, stream.flush()])
     assert np.array_equal(live[stream.latency_samples :], enhanced)
+
+
+def test_a_model_runs_without_telemetry(tmp_path: Path) -> None:
+    """onnxruntime, where it reports, keeps a device's number in the home folder."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")
+    }
+    load = "from percepnet.model import Model; Model.load()"
+    subprocess.run([sys.executable, "-c", load], env=environment | {"HOME": str(tmp_path)}, check=True)
+    assert list(tmp_path.rglob("*")) == []
