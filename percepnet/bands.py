@@ -49,8 +49,6 @@ def _interpolation() -> tuple[np.ndarray, np.ndarray]:
 
 _LOWER, _UP = _interpolation()
 _DOWN = 1 - _UP
-_HALVES = np.stack([_DOWN, _UP])
-_STARTS = np.flatnonzero(np.diff(_LOWER, prepend=-1))
 
 
 def band_weights() -> np.ndarray:
@@ -61,19 +59,35 @@ def band_weights() -> np.ndarray:
     return weights
 
 
+def _tiling() -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the even and of the odd bands, float32 (2, 481), and where each band begins in the two rows.
+
+    Neighbours overlap, but every other band tiles the bins: one weight per bin and row.
+    """
+    weights = band_weights()
+    centres = np.flatnonzero(np.diff(_LOWER, prepend=-1))  # the first bin above each centre but the last
+    begins = np.concatenate([[0], centres[1::2], N_BINS + centres[::2]])
+    return np.stack([weights[::2].sum(axis=0), weights[1::2].sum(axis=0)]), begins
+
+
+_EVEN_AND_ODD, _BEGINS = _tiling()
+
+
 def to_bands(bins: np.ndarray) -> np.ndarray:
     """Weighted sum of bin values (…, 481) in each band (…, 34), float32."""
-    bands = np.zeros((*bins.shape[:-1], N_BANDS), np.float32)
-    halves = np.add.reduceat(bins[..., None, :] * _HALVES, _STARTS, axis=-1)
-    bands[..., :-1] = halves[..., 0, :]
-    bands[..., 1:] += halves[..., 1, :]
-    return bands
+    leading = bins.shape[:-1]
+    weighted = (bins[..., None, :] * _EVEN_AND_ODD).reshape(*leading, 2 * N_BINS)
+    sums = np.add.reduceat(weighted, _BEGINS, axis=-1)
+    return sums.reshape(*leading, 2, N_BANDS // 2).swapaxes(-1, -2).reshape(*leading, N_BANDS)
 
 
 def to_bins(bands: np.ndarray) -> np.ndarray:
     """Interpolate band values (…, 34) linearly over the bins (…, 481); above 20 kHz the last band holds."""
     steps = bands[..., 1:] - bands[..., :-1]
-    return bands.take(_LOWER, axis=-1) + steps.take(_LOWER, axis=-1) * _UP
+    bins = steps.take(_LOWER, axis=-1)
+    bins *= _UP
+    bins += bands.take(_LOWER, axis=-1)
+    return bins
 
 
 def power(spectrum: np.ndarray) -> np.ndarray:

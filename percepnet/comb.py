@@ -22,10 +22,11 @@ _TAPS /= _TAPS.sum(axis=-1, keepdims=True)
 # A tap without weight reads the window itself rather than samples that are not there.
 _PERIODS_BACK = np.where(_REACHABLE, _ORDERS, 0)
 
-
-def _periods_ahead(period: np.ndarray) -> np.ndarray:
-    """How many whole periods the look-ahead holds, as far as the filter reaches."""
-    return np.minimum(LOOKAHEAD // period, COMB_ORDER)
+# By period in samples: how many of it the look-ahead holds, as far as the filter reaches; the taps.
+_PERIODS = np.arange(MAX_PERIOD + 1)
+_AHEAD = np.minimum(LOOKAHEAD // _PERIODS.clip(1), COMB_ORDER)
+_WEIGHTS = _TAPS[_AHEAD]
+_OFFSETS = -_PERIODS_BACK[_AHEAD] * _PERIODS[:, None]
 
 
 def taps(period: np.ndarray) -> np.ndarray:
@@ -34,7 +35,7 @@ def taps(period: np.ndarray) -> np.ndarray:
     Hann weights; taps that would reach beyond the look-ahead are dropped and the rest renormalized, so low
     voices lean on their past ([P] 2.2).
     """
-    return _TAPS[_periods_ahead(period)]
+    return _WEIGHTS[period]
 
 
 def filter_frames(samples: np.ndarray, period: np.ndarray) -> np.ndarray:
@@ -45,16 +46,14 @@ def filter_frames(samples: np.ndarray, period: np.ndarray) -> np.ndarray:
     Returns the windows (streams, frames, 960) float32, not yet windowed.
     """
     n_streams, n_frames = period.shape
-    ahead = _periods_ahead(period)
-    weights = _TAPS[ahead]
-    starts = np.arange(REACH, REACH + n_frames * HOP, HOP)[:, None] - _PERIODS_BACK[ahead] * period[..., None]
-    shifted = windows(samples, WINDOW, hop=1)
-    streams = np.arange(n_streams)[:, None, None]
-    filtered = np.empty((n_streams, n_frames, WINDOW), np.float32)
-    block = max(1, _BLOCK // n_streams)
-    for first in range(0, n_frames, block):
-        frames = slice(first, first + block)
-        periods = shifted[streams, starts[:, frames]]
-        periods *= weights[:, frames, :, None]
-        np.add.reduce(periods, axis=2, out=filtered[:, frames])
-    return filtered
+    n_samples = samples.shape[1]
+    first = np.arange(n_streams)[:, None] * n_samples + np.arange(REACH, REACH + n_frames * HOP, HOP)
+    period = period.reshape(-1)
+    weights = _WEIGHTS[period]
+    starts = _OFFSETS[period] + first.reshape(-1, 1)
+    shifted = windows(samples.reshape(1, -1), WINDOW, hop=1)[0]
+    filtered = np.empty((len(period), WINDOW), np.float32)
+    for begin in range(0, len(period), _BLOCK):
+        block = slice(begin, begin + _BLOCK)
+        np.einsum("wts,wt->ws", shifted[starts[block]], weights[block], out=filtered[block])
+    return filtered.reshape(n_streams, n_frames, WINDOW)

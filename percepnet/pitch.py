@@ -48,9 +48,10 @@ _HANN = np.hanning(PASSAGE + 1)[:-1].astype(np.float32)
 def _autocorrelation(passages: np.ndarray) -> np.ndarray:
     windowed = np.zeros((*passages.shape[:-1], _TRANSFORM), np.float32)
     np.multiply(passages, _HANN, out=windowed[..., :PASSAGE])
-    spectrum = scipy.fft.rfft(windowed)[..., :_N_BINS]
-    magnitude = np.sqrt(spectrum.real**2 + spectrum.imag**2) * _LOW_PASS
-    return scipy.fft.irfft(magnitude, _N_LAG_POINTS)
+    magnitude = np.abs(scipy.fft.rfft(windowed)[..., :_N_BINS])
+    magnitude *= _LOW_PASS
+    # The inverse transform of what is real and even is a cosine transform.
+    return scipy.fft.dct(magnitude, type=1, norm="forward", overwrite_x=True)
 
 
 def _window_autocorrelation() -> np.ndarray:
@@ -95,9 +96,12 @@ def correlate(passages: np.ndarray) -> np.ndarray:
 
 def _advance(scores: np.ndarray, local: np.ndarray) -> np.ndarray:
     """One Viterbi step for every stream: the best way to each period, plus its own score."""
-    rising = np.maximum.accumulate(scores + _POSITION, axis=-1) - _POSITION
-    falling = np.maximum.accumulate((scores - _POSITION)[:, ::-1], axis=-1)[:, ::-1] + _POSITION
-    arriving = np.maximum(np.maximum(rising, falling), -_JUMP_COST)
+    rising = np.maximum.accumulate(scores + _POSITION, axis=-1)
+    rising -= _POSITION
+    falling = np.maximum.accumulate((scores - _POSITION)[:, ::-1], axis=-1)[:, ::-1]
+    falling += _POSITION
+    arriving = np.maximum(rising, falling, out=rising)
+    np.maximum(arriving, -_JUMP_COST, out=arriving)
     arriving += local
     arriving -= arriving.max(axis=-1, keepdims=True)
     return arriving

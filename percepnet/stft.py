@@ -39,7 +39,8 @@ def inverse(spectrum: np.ndarray, overlap: np.ndarray) -> tuple[np.ndarray, np.n
     spectrum: (streams, frames, 481) complex64; overlap: (streams, 480) float32, the second half of the
     window before. Returns the samples (streams, frames·480) float32, one hop late, and the new overlap.
     """
-    frames = scipy.fft.irfft(spectrum, WINDOW) * VORBIS_WINDOW
+    frames = scipy.fft.irfft(spectrum, WINDOW)
+    frames *= VORBIS_WINDOW
     samples = frames[..., :HOP].copy()
     samples[:, 0] += overlap
     samples[:, 1:] += frames[:, :-1, HOP:]

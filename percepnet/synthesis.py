@@ -1,6 +1,7 @@
 """From band gains and comb strengths to enhanced samples: the half of the signal path after the network."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -49,10 +50,11 @@ class FrameControls:
     wet: np.ndarray
     sharpening: np.ndarray
 
-    @classmethod
-    def constant(cls, controls: Controls) -> "FrameControls":
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def constant(controls: Controls) -> "FrameControls":
         """The same for every stream and frame, as arrays of shape (1, 1)."""
-        return cls(
+        return FrameControls(
             np.full((1, 1), controls.wet, np.float32), np.full((1, 1), controls.postfilter, np.float32)
         )
 
@@ -71,11 +73,13 @@ def synthesize(
     """
     if isinstance(controls, Controls):
         controls = FrameControls.constant(controls)
-    mixed = analysis.noisy + to_bins(strengths) * (analysis.comb - analysis.noisy)
+    mixed = analysis.comb - analysis.noisy
+    mixed *= to_bins(strengths)
+    mixed += analysis.noisy
     if controls.sharpening.any():
         gains = _blend(gains, postfilter.sharpen(gains, analysis.energy), controls.sharpening)
-    enhanced = mixed * to_bins(gains * restoration(analysis.energy, band_energy(mixed)))
-    return stft.inverse(_blend(analysis.noisy, enhanced, controls.wet), overlap)
+    mixed *= to_bins(gains * restoration(analysis.energy, band_energy(mixed)))
+    return stft.inverse(_blend(analysis.noisy, mixed, controls.wet), overlap)
 
 
 def _blend(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:
