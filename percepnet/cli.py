@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +48,7 @@ class Command:
 COMMANDS = {
     "enhance": Command("enhance audio files", "percepnet.cli"),
     "info": Command("show the model, the delay and the CPU's path", "percepnet.cli"),
+    "stream": Command("enhance a file through live streams of a server", "service.client.command"),
     "serve": Command("run the service", "service.main"),
     "oracle": Command("show what perfect gains would reach", "percepnet.oracle", "measure"),
     "bench": Command("measure the speed on this machine", "percepnet.bench"),
@@ -143,6 +145,12 @@ def add_enhance_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help="a file for one file; else a folder, where names stay (MP3 becomes .wav)",
     )
+    add_output_arguments(parser)
+    add_model_argument(parser)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the choices of how to enhance and how to write."""
     parser.add_argument(
         "--attenuation-limit-db",
         type=float,
@@ -160,23 +168,32 @@ def add_enhance_arguments(parser: argparse.ArgumentParser) -> None:
         help="format of the outputs (default: by OUT's suffix, or as the input); ogg is Vorbis unless the "
         "input is Opus",
     )
-    add_model_argument(parser)
+
+
+def controls_of(arguments: argparse.Namespace) -> Controls:
+    """The controls chosen on the command line."""
+    return Controls(arguments.attenuation_limit_db, arguments.mix, not arguments.no_postfilter)
+
+
+def check_target(target: Path, arguments: argparse.Namespace) -> None:
+    """Raise ParameterError if a file is there that may not be replaced."""
+    if target.exists() and not arguments.force:
+        raise ParameterError(f"{target} exists; --force replaces it")
 
 
 def run_enhance(arguments: argparse.Namespace) -> int:
     """Enhance every file, tell what was done to each, and go on after one that fails."""
-    controls = Controls(arguments.attenuation_limit_db, arguments.mix, not arguments.no_postfilter)
+    controls = controls_of(arguments)
     jobs = list(_jobs(arguments.inputs, arguments.output, arguments.format))
     enhancer = Enhancer(Model.load(arguments.model))
     n_failed = 0
     files = tqdm(jobs, unit="file", disable=None if len(jobs) > 1 else True, delay=BAR_DELAY_SECONDS)
     for source, target in files:
         try:
-            if target.exists() and not arguments.force:
-                raise ParameterError(f"{target} exists; --force replaces it")
+            check_target(target, arguments)
             target.parent.mkdir(parents=True, exist_ok=True)
             summary = _enhance_with_bar(source, target, controls, enhancer, arguments.format)
-            tqdm.write(f"{source} → {target}: {_in_words(summary)}", file=sys.stdout)
+            tqdm.write(f"{source} → {target}: {in_words(summary)}", file=sys.stdout)
         except (PercepNetError, OSError) as error:
             n_failed += 1
             tqdm.write(f"percepnet: {source}: {_reason(error)}", file=sys.stderr)
@@ -186,6 +203,15 @@ def run_enhance(arguments: argparse.Namespace) -> int:
 def _enhance_with_bar(
     source: Path, target: Path, controls: Controls, enhancer: Enhancer, format: str | None
 ) -> Summary:
+    with progress_bar(source) as show:
+        return enhance_file(
+            source, target, controls=controls, enhancer=enhancer, format=format, progress=show
+        )
+
+
+@contextmanager
+def progress_bar(source: Path) -> Iterator[Callable[[int, int], None]]:
+    """A bar for one file, on a terminal; it is told the samples done and the samples expected."""
     with tqdm(
         desc=source.name, unit="sample", unit_scale=True, leave=False, disable=None, delay=BAR_DELAY_SECONDS
     ) as bar:
@@ -194,12 +220,11 @@ def _enhance_with_bar(
             bar.total = max(done, total)
             bar.update(done - bar.n)
 
-        return enhance_file(
-            source, target, controls=controls, enhancer=enhancer, format=format, progress=show
-        )
+        yield show
 
 
-def _in_words(summary: Summary) -> str:
+def in_words(summary: Summary) -> str:
+    """What was done to a file."""
     channels = "1 channel" if summary.channels == 1 else f"{summary.channels} channels"
     words = (
         f"{summary.seconds:.1f} s, {channels}, {summary.sample_rate} Hz, enhanced in "

@@ -1,0 +1,91 @@
+"""`percepnet stream`: live streams give what `percepnet enhance` gives for a file, or one line of error."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from running import running
+
+from percepnet.cli import main
+from percepnet.enhancer import Enhancer
+from percepnet.model import Model
+from percepnet.stream import enhance_file
+from percepnet.synthesis import Controls
+
+
+@pytest.fixture(scope="module")
+def enhancer(random_model: Model) -> Enhancer:
+    return Enhancer(random_model)
+
+
+@pytest.fixture(scope="module")
+def target(enhancer: Enhancer) -> Iterator[str]:
+    with running(enhancer, max_streams=4) as server:
+        yield f"127.0.0.1:{server.grpc.port}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def put(name: str, rate: int = 16_000, channels: int = 1, subtype: str | None = None) -> None:
+    samples = 0.1 * np.random.default_rng(0).standard_normal((rate // 3 + 7, channels))
+    soundfile.write(name, samples, rate, subtype)
+
+
+@pytest.mark.parametrize("options", [[], ["--realtime"]])
+@pytest.mark.parametrize(
+    ("name", "rate", "channels", "subtype"),
+    [
+        ("a.wav", 8_000, 1, "PCM_16"),
+        ("a.wav", 22_050, 3, "FLOAT"),
+        ("a.flac", 96_000, 2, "PCM_24"),
+        ("a.mp3", 48_000, 1, None),
+    ],
+)
+def test_the_output_is_that_of_enhancing_the_file(
+    folder, target, enhancer, capsys, name, rate, channels, subtype, options
+):
+    put(name, rate, channels, subtype)
+    output = "out.wav" if name.endswith("mp3") else f"out{Path(name).suffix}"
+    assert main(["stream", name, output, "--target", target, "--attenuation-limit-db", "20", *options]) == 0
+    enhance_file(name, f"expected_{output}", controls=Controls(20), enhancer=enhancer)
+    assert Path(output).read_bytes() == Path(f"expected_{output}").read_bytes()
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1
+    assert f"{name} → {output}: 0.3 s, {channels} channel" in told
+    assert "ms of delay taken out" in told
+    assert ("answers after" in told) == bool(options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["a.wav", "out.wav", "--target", "nowhere"], 2, "the target 'nowhere'; accepted is HOST:PORT"),
+        (["a.wav", "out.wav", "--target", "127.0.0.1:9"], 1, "127.0.0.1:9: failed to connect"),
+        (["a.wav", "a.wav"], 2, "a.wav exists; --force"),
+        (["none.wav", "out.wav"], 1, "none.wav: No such file"),
+        (["many.wav", "out.wav"], 1, "all 4 live streams of this server are taken (RESOURCE_EXHAUSTED)"),
+        (["cut.wav", "out.wav"], 1, "sample 100"),
+        (["a.wav", "out.wav", "--root-certificates", "none.pem"], 1, "none.pem: No such file"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(folder, target, capsys, monkeypatch, arguments, status, message):
+    monkeypatch.setattr("service.client.command.PATIENCE_SECONDS", 0.2)
+    put("a.wav")
+    put("many.wav", channels=5)
+    samples = np.zeros(8_000)
+    samples[100] = np.nan
+    soundfile.write("cut.wav", samples, 16_000, "FLOAT")
+    before = set(folder.iterdir())
+    choice = [] if "--target" in arguments else ["--target", target]
+    assert main(["stream", *arguments, *choice]) == status
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert set(folder.iterdir()) == before
