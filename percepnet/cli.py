@@ -49,7 +49,7 @@ COMMANDS = {
     "enhance": Command("enhance audio files", "percepnet.cli"),
     "info": Command("show the model, the delay and the CPU's path", "percepnet.cli"),
     "stream": Command("enhance a file through live streams of a server", "service.client.command"),
-    "serve": Command("run the service", "service.main"),
+    "serve": Command("run the service", "service.serve"),
     "oracle": Command("show what perfect gains would reach", "percepnet.oracle", "measure"),
     "bench": Command("measure the speed on this machine", "percepnet.bench"),
     "prepare": Command("turn recordings into training data", "percepnet.training.prepare", "train"),

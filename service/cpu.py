@@ -5,10 +5,11 @@ from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from percepnet.model import Model, State
+from service.board import Slot
 
 
 class CpuStages(Collector):
@@ -44,13 +45,14 @@ class CpuStages(Collector):
 
 
 class StreamLoad(Collector):
-    """How long live streams are open, and what one of them costs."""
+    """How long live streams are open, and what they took from the CPU lately; slot: where it is told."""
 
     WINDOW_SECONDS = 10
-    """The ratio is a mean over so long: it follows the load, and a single pause does not show."""
+    """What "lately" means: it follows the load, and a single pause does not show."""
 
-    def __init__(self, cpu: CpuStages) -> None:
+    def __init__(self, cpu: CpuStages, slot: Slot) -> None:
         self._cpu = cpu
+        self._slot = slot
         self._active = 0
         self._seconds = 0.0
         self._since = time.monotonic()
@@ -60,7 +62,7 @@ class StreamLoad(Collector):
     def changed(self, active: int) -> None:
         """So many streams are open from now on."""
         self._seconds, self._since = self.seconds, time.monotonic()
-        self._active = active
+        self._slot.streams = self._active = active
 
     @property
     def seconds(self) -> float:
@@ -70,26 +72,15 @@ class StreamLoad(Collector):
     def sample(self) -> None:
         """Take note of the present; to be called once a second."""
         self._samples.append((self._cpu.live, self.seconds))
-
-    @property
-    def recent(self) -> tuple[float, float]:
-        """CPU seconds of live streams, and the seconds that streams were open, in the window."""
         (old_cpu, old_seconds), (cpu, seconds) = self._samples[0], self._samples[-1]
-        return cpu - old_cpu, seconds - old_seconds
+        self._slot.cpu_seconds, self._slot.open_seconds = cpu - old_cpu, seconds - old_seconds
 
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """The metrics as Prometheus reads them."""
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The time that streams were open, as Prometheus reads it."""
         yield CounterMetricFamily(
             "percepnet_stream_open_seconds",
             "Time that live streams were open, summed over them.",
             self.seconds,
-        )
-        cpu, seconds = self.recent
-        yield GaugeMetricFamily(
-            "percepnet_stream_cpu_ratio",
-            "CPU time of a live stream as a ratio of a core, transport included; mean of the last 10 s, "
-            "0 without streams.",
-            cpu / seconds if seconds else 0.0,
         )
 
 

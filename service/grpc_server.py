@@ -38,7 +38,6 @@ RETRY_MILLISECONDS = 1_000
 _TRANSPORT_LIMIT_BYTES = 12 * 1024 * 1024  # a clip of MAX_CLIP_SECONDS as floats at 48 kHz
 
 _OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not take half of the calls
     ("grpc.max_receive_message_length", _TRANSPORT_LIMIT_BYTES),
     ("grpc.max_send_message_length", _TRANSPORT_LIMIT_BYTES),
     ("grpc.http2.bdp_probe", 0),  # windows that grow would let a caller pile up audio in the transport
@@ -59,6 +58,7 @@ class GrpcServer:
         self._clip_enhancer = clips
         self._streams = Streams(settings, engine, clips.model.manifest, metrics)
         self._jobs = FileJobs(1, MAX_CLIPS)
+        self._board = metrics.board
         self._health = health_aio.HealthServicer()
         self.port = 0
 
@@ -66,11 +66,20 @@ class GrpcServer:
         """Listen; raises RuntimeError if the address cannot be had. state: whether the process stops."""
         self._streams.stopping = lambda: state.stopping
         self._ticker = Ticker(self._engine)
-        self._server = grpc.aio.server(options=_OPTIONS)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        await self._listen()
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._sweeper = asyncio.create_task(self._streams.sweep())
+
+    async def _listen(self) -> None:
+        """Take connections; raises RuntimeError if the address cannot be had."""
+        # Without workers that share it, a second server on the port must fail, not take half of the calls.
+        shared = len(self._board.slots) > 1
+        server = grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", int(shared))))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
-            self._server,
+            server,
         )
         # Bytes in and out: what does not parse is then ours to answer.
         handlers = {
@@ -78,12 +87,10 @@ class GrpcServer:
             "EnhanceClip": grpc.unary_unary_rpc_method_handler(self._enhance_clip),
             "GetStatus": grpc.unary_unary_rpc_method_handler(self._get_status),
         }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        self.port = self._server.add_insecure_port(str(self._settings.grpc_listen))
-        for service in ("", SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        await self._server.start()
-        self._sweeper = asyncio.create_task(self._streams.sweep())
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        self.port = server.add_insecure_port(str(self._settings.grpc_listen))
+        await server.start()
+        self._server = server
 
     async def stop(self) -> None:
         """Stop being healthy, let live streams end within the grace, cut off those that remain."""
@@ -124,14 +131,15 @@ class GrpcServer:
         return pb.EnhanceClipResponse(audio=audio, model_name=manifest.name, model_version=manifest.version)
 
     async def _get_status(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        model, engine = self._clip_enhancer.model, self._engine
+        model, board = self._clip_enhancer.model, self._board
+        active, capacity = int(board.total("streams")), int(board.total("capacity"))
         return pb.GetStatusResponse(
             model_name=model.manifest.name,
             model_version=model.manifest.version,
             precision=model.precision,
-            active_streams=engine.active,
-            stream_capacity=engine.capacity,
-            accepting=not self._streams.stopping() and engine.active < engine.capacity,
+            active_streams=active,
+            stream_capacity=capacity,
+            accepting=not self._streams.stopping() and active < capacity,
         ).SerializeToString()
 
     async def _guard(self, context: grpc.aio.ServicerContext, work: Awaitable[Any]) -> Any:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Self, TypeVar
 
+from service.board import Board
 from service.errors import BusyError, ClientGoneError
 
 Result = TypeVar("Result")
@@ -60,13 +61,22 @@ class Turns:
 
 
 class FileJobs:
-    """Admission and CPU turns of all files of one process."""
+    """Admission of files, and the CPU turns of those of one process.
 
-    def __init__(self, workers: int, limit: int) -> None:
+    workers: files worked on at an instant, in this process. limit: files held at once, by all processes on
+    the board.
+    """
+
+    def __init__(self, workers: int, limit: int, board: Board | None = None) -> None:
         self.limit = limit
-        self.accepted = 0
+        self._board = board or Board()
         self._turns = Turns(workers)
         self._threads = ThreadPoolExecutor(limit, thread_name_prefix="file")
+
+    @property
+    def accepted(self) -> int:
+        """Files that this process holds."""
+        return int(self._board.mine.files)
 
     @property
     def waiting(self) -> int:
@@ -80,13 +90,13 @@ class FileJobs:
         Raises:
             BusyError: all are taken.
         """
-        if self.accepted >= self.limit:
+        if self._board.total("files") >= self.limit:
             raise BusyError(f"all {self.limit} places for files are taken")
-        self.accepted += 1
+        self._board.mine.files += 1
         try:
             yield
         finally:
-            self.accepted -= 1
+            self._board.mine.files -= 1
 
     async def run(self, work: Callable[[Checkpoint], Result]) -> Result:
         """Run `work` in a thread of its own; it calls the checkpoint it is given after every block.

@@ -1,10 +1,8 @@
 """The composition root: settings → model → engine → REST and gRPC servers."""
 
-import argparse
 import asyncio
-import os
-import sys
-from contextlib import suppress
+import gc
+from signal import SIGTERM
 from socket import socket
 from types import FrameType
 
@@ -14,30 +12,37 @@ import uvicorn
 from percepnet.constants import HOP
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model, ModelError
-from service import logs
+from service import capacity, cores, logs
 from service.behind_live import BehindLive
+from service.board import Board
 from service.engine import Engine
 from service.grpc_server import GrpcServer
 from service.health import Health
 from service.metrics import Metrics
 from service.rest import create_app
-from service.settings import Settings, SettingsError, add_arguments, unknown_variables
+from service.settings import Settings, SettingsError
 
-__all__ = ["Server", "add_arguments", "run"]
+FAILURES = (SettingsError, ModelError)
+"""What a service cannot start with; the message is for its operator."""
 
 
 class Server(uvicorn.Server):
-    """The HTTP and gRPC servers around one engine; they stop being ready as soon as they are told to stop."""
+    """The HTTP and gRPC servers around one engine; they stop being ready as soon as they are told to stop.
 
-    def __init__(self, settings: Settings, enhancer: Enhancer) -> None:
+    board: where the workers of a service of many processes meet. until: a file descriptor whose end is the
+    sign to stop.
+    """
+
+    def __init__(
+        self, settings: Settings, enhancer: Enhancer, board: Board | None = None, until: int | None = None
+    ) -> None:
         self.health = Health()
-        metrics = Metrics(enhancer.model)
-        engine = Engine(enhancer, settings.max_streams, metrics)
-        metrics.streams_capacity.set(engine.capacity)
-        metrics.streams_active.set_function(lambda: engine.active)
+        self._board = board or Board()
+        self._until = until
+        self._metrics = metrics = Metrics(enhancer.model, self._board)
+        engine = Engine(enhancer, _capacity(settings, enhancer, self._board), metrics)
+        self._board.mine.capacity = engine.capacity
         metrics.queue_frames.set_function(lambda: engine.queued_frames)
-        metrics.workers.set(1)
-        self._load = metrics.load
         files = BehindLive(enhancer, engine)
         self.grpc = GrpcServer(settings, engine, files, metrics)
         super().__init__(
@@ -64,17 +69,25 @@ class Server(uvicorn.Server):
         except SystemExit:
             await self.grpc.stop()
             raise
-        self._sampler = asyncio.create_task(self._sample())
+        if self._until is not None:
+            asyncio.get_running_loop().add_reader(self._until, self.handle_exit, SIGTERM, None)
+        self._keeper = asyncio.create_task(self._keep_books())
+        self._board.mine.ready = 1
+        gc.collect()
+        gc.freeze()  # what is here now stays, and need not be looked through again and again
 
-    async def _sample(self) -> None:
+    async def _keep_books(self) -> None:
+        """Tell the other workers, every second, what this one has done."""
         while True:
+            self._metrics.load.sample()
+            if self._board.others:
+                self._metrics.publish()
             await asyncio.sleep(1)
-            self._load.sample()
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Let files and live streams end, within the grace."""
         self.health.stopping = True
-        self._sampler.cancel()
+        self._keeper.cancel()
         await asyncio.gather(super().shutdown(sockets), self.grpc.stop())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -90,17 +103,9 @@ def load_enhancer(settings: Settings) -> Enhancer:
     return enhancer
 
 
-def run(args: argparse.Namespace) -> int:
-    """Serve until told to stop; returns the exit status of the process."""
-    try:
-        settings = Settings.load(os.environ, vars(args))
-        logs.configure(settings.log_threshold)
-        for name in unknown_variables(os.environ):
-            logs.logger.warning("no such setting: %s", name)
-        server = Server(settings, load_enhancer(settings))
-    except (SettingsError, ModelError) as error:
-        print(f"percepnet serve: {error}", file=sys.stderr)
-        return 2 if isinstance(error, SettingsError) else 1
-    with suppress(KeyboardInterrupt):  # the server stops in good order, then raises the signal again
-        server.run()
-    return 0
+def _capacity(settings: Settings, enhancer: Enhancer, board: Board) -> int:
+    """Live streams that this worker carries: its part of what was set, or as many as it can."""
+    n_workers = len(board.slots)
+    if settings.max_streams is None:
+        return capacity.measure(enhancer, cores.quota() / n_workers)
+    return (settings.max_streams + n_workers - 1 - board.slots.index(board.mine)) // n_workers

@@ -1,5 +1,6 @@
-"""What the service tells Prometheus, in base units."""
+"""What the service tells Prometheus, in base units; with many workers, each tells of all."""
 
+from collections.abc import Iterator
 from importlib.metadata import version
 
 from prometheus_client import (
@@ -7,12 +8,16 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Metric,
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
 from percepnet.model import Model
+from service import merge
+from service.board import Board
 from service.cpu import CpuStages, StreamLoad
 
 disable_created_metrics()  # a second series beside each, which nobody asks for
@@ -43,10 +48,22 @@ _STREAMS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 class Metrics:
-    """All metrics of one service, in a registry of their own."""
+    """All metrics of one worker, in a registry of their own, and the sum of those of all workers.
 
-    def __init__(self, model: Model) -> None:
+    board: what the workers know of each other.
+    """
+
+    def __init__(self, model: Model, board: Board | None = None) -> None:
+        self.board = board or Board()
         self.registry = CollectorRegistry()
+        self._before = self.board.mine.snapshot
+        self.files_capacity = 0
+        self._build = {
+            "version": version("percepnet"),
+            "model": model.manifest.name,
+            "model_version": model.manifest.version,
+            "precision": model.precision,
+        }
         ProcessCollector(registry=self.registry)
         self.request_duration = Histogram(
             "percepnet_http_request_duration_seconds",
@@ -85,29 +102,9 @@ class Metrics:
             "CPU time spent on files, from decoding to encoding.",
             registry=self.registry,
         )
-        self.files_accepted = Gauge(
-            "percepnet_files_accepted",
-            "Files between upload and answer.",
-            registry=self.registry,
-        )
-        self.files_capacity = Gauge(
-            "percepnet_files_capacity",
-            "Files that may be between upload and answer at once.",
-            registry=self.registry,
-        )
         self.files_waiting = Gauge(
             "percepnet_files_waiting",
             "Files that wait for their turn on the CPU.",
-            registry=self.registry,
-        )
-        self.streams_active = Gauge(
-            "percepnet_streams_active",
-            "Live streams that are open.",
-            registry=self.registry,
-        )
-        self.streams_capacity = Gauge(
-            "percepnet_streams_capacity",
-            "Live streams that may be open at once.",
             registry=self.registry,
         )
         self.streams = Counter(
@@ -155,28 +152,54 @@ class Metrics:
         )
         self.cpu = CpuStages()
         self.registry.register(self.cpu)
-        self.load = StreamLoad(self.cpu)
+        self.load = StreamLoad(self.cpu, self.board.mine)
         self.registry.register(self.load)
-        self.workers = Gauge(
-            "percepnet_workers",
-            "Worker processes that serve.",
-            registry=self.registry,
-        )
-        self.worker_restarts = Counter(
-            "percepnet_worker_restarts",
-            "Worker processes that ended unasked and were replaced; their streams were lost.",
-            registry=self.registry,
-        )
-        build = Gauge(
-            "percepnet_build_info",
-            "What runs here.",
-            ("version", "model", "model_version", "precision"),
-            registry=self.registry,
-        )
-        manifest = model.manifest
-        build.labels(version("percepnet"), manifest.name, manifest.version, model.precision).set(1)
+
+    def publish(self) -> None:
+        """Let the other workers see the present values."""
+        self.board.mine.publish(merge.take(self.registry, self._before))
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics of the service."""
+        self.publish()  # what is told now must never fall back, whoever is asked next
+        mine = self.board.mine
+        snapshots = ((slot.snapshot, slot is mine or bool(slot.ready)) for slot in self.board.slots)
+        yield from merge.merged((snapshot, lives) for snapshot, lives in snapshots if snapshot)
+        yield from self._of_the_service()
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type, in the text format that `accept` asks for."""
         encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        return encode(self), content_type
+
+    def _of_the_service(self) -> Iterator[Metric]:
+        """What every worker knows of all of them."""
+        total = self.board.total
+        open_seconds = total("open_seconds")
+        cpu_ratio = total("cpu_seconds") / open_seconds if open_seconds else 0.0
+        for name, documentation, value in (
+            ("streams_active", "Live streams that are open.", total("streams")),
+            ("streams_capacity", "Live streams that may be open at once.", total("capacity")),
+            (
+                "stream_cpu_ratio",
+                "CPU time of a live stream as a ratio of a core, transport included; mean of the last 10 s, "
+                "0 without streams.",
+                cpu_ratio,
+            ),
+            ("files_accepted", "Files between upload and answer.", total("files")),
+            (
+                "files_capacity",
+                "Files that may be between upload and answer at once.",
+                self.files_capacity,
+            ),
+            ("workers", "Worker processes that serve.", total("ready")),
+        ):
+            yield GaugeMetricFamily(f"percepnet_{name}", documentation, value)
+        yield CounterMetricFamily(
+            "percepnet_worker_restarts",
+            "Worker processes that ended unasked and were replaced; their streams were lost.",
+            total("restarts"),
+        )
+        build = GaugeMetricFamily("percepnet_build_info", "What runs here.", labels=tuple(self._build))
+        build.add_metric(tuple(self._build.values()), 1)
+        yield build

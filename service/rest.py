@@ -1,6 +1,7 @@
 """The HTTP interface: a file in, the enhanced file out, and what describes the service."""
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import ExitStack, asynccontextmanager
@@ -108,9 +109,9 @@ def create_app(settings: Settings, enhancer: Enhancer, state: health.Health, met
     settings: limits of the deployment. enhancer: shared by all requests. state: what `/readyz` tells.
     metrics: what `/metrics` tells.
     """
-    jobs = FileJobs(settings.file_workers, settings.max_requests)
-    metrics.files_capacity.set(settings.max_requests)
-    metrics.files_accepted.set_function(lambda: jobs.accepted)
+    at_once = math.ceil(settings.file_workers / len(metrics.board.slots))
+    jobs = FileJobs(at_once, settings.max_requests, metrics.board)
+    metrics.files_capacity = settings.max_requests
     metrics.files_waiting.set_function(lambda: jobs.waiting)
 
     @asynccontextmanager

@@ -2,11 +2,12 @@
 
 import argparse
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
+
+from service import cores
 
 PREFIX = "PERCEPNET_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -39,11 +40,6 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def usable_cpus() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _whole(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text) if text.strip().lstrip("+-").isdecimal() else minimum - 1
@@ -70,8 +66,9 @@ def _log_level(text: str) -> str:
     return text.lower()
 
 
-def _meaning(parse: Callable[[str], Any], meaning: str) -> dict[str, Any]:
-    return {"parse": parse, "meaning": meaning}
+def _meaning(parse: Callable[[str], Any], meaning: str, *, unset: str = "none") -> dict[str, Any]:
+    """unset: what no value means, in words."""
+    return {"parse": parse, "meaning": meaning, "unset": unset}
 
 
 @dataclass(frozen=True)
@@ -90,10 +87,19 @@ class Settings:
         metadata=_meaning(Address.parse, "address of the gRPC server, HOST:PORT"),
     )
     model: Path | None = field(
-        default=None, metadata=_meaning(Path, "a model.onnx or its folder, in place of the bundled model")
+        default=None,
+        metadata=_meaning(
+            Path, "a model.onnx or its folder, in place of the bundled model", unset="the bundled one"
+        ),
+    )
+    workers: int | None = field(
+        default=None,
+        metadata=_meaning(
+            _whole(1), "processes that serve", unset="one for each core that the process may use"
+        ),
     )
     file_workers: int = field(
-        default=usable_cpus(), metadata=_meaning(_whole(1), "files worked on at the same instant")
+        default=cores.count(), metadata=_meaning(_whole(1), "files worked on at the same instant")
     )
     max_requests: int = field(
         default=32,
@@ -109,8 +115,13 @@ class Settings:
         default=30.0,
         metadata=_meaning(_seconds, "longest wait in seconds for a caller to send or take a piece of a file"),
     )
-    max_streams: int = field(
-        default=32, metadata=_meaning(_whole(1), "live streams at once; more are told to come back")
+    max_streams: int | None = field(
+        default=None,
+        metadata=_meaning(
+            _whole(1),
+            "live streams at once, all workers together; more are told to come back",
+            unset="as many as are found to fit at the start",
+        ),
     )
     stream_idle_seconds: float = field(
         default=30.0,
@@ -163,7 +174,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one flag per setting; `Settings.load` checks the values."""
     for setting in fields(Settings):
-        default = "the bundled one" if setting.default is None else setting.default
+        default = setting.metadata["unset"] if setting.default is None else setting.default
         parser.add_argument(
             _flag(setting.name),
             metavar=setting.name.rpartition("_")[2].upper(),

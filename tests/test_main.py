@@ -12,14 +12,14 @@ import httpx
 import pytest
 from conftest import export_random_model
 
-from service.main import run
+from service.serve import run
 
 SERVE = """
 import argparse
-from service import main
+from service import serve
 parser = argparse.ArgumentParser()
-main.add_arguments(parser)
-raise SystemExit(main.run(parser.parse_args()))
+serve.add_arguments(parser)
+raise SystemExit(serve.run(parser.parse_args()))
 """
 
 

@@ -1,0 +1,112 @@
+"""What the workers of one service tell each other, in memory that they share.
+
+Every worker writes into a slot of its own, so nothing is locked. Whatever a worker was doing when it was
+killed, the others read whole numbers and whole snapshots.
+"""
+
+import json
+import mmap
+import os
+import tempfile
+from typing import Any
+
+SNAPSHOT_BYTES = 512 * 1024
+"""Room for the counters of a worker, some 20 kB; pages that are never written take no memory."""
+
+_NUMBERS_BYTES = mmap.PAGESIZE
+_SLOT_BYTES = _NUMBERS_BYTES + 2 * SNAPSHOT_BYTES
+
+
+class _Number:
+    """A number in a slot: eight aligned bytes, written and read at once."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __get__(self, slot: "Slot", owner: type) -> float:
+        return slot.numbers[self._index]
+
+    def __set__(self, slot: "Slot", value: float) -> None:
+        slot.numbers[self._index] = value
+
+
+class Slot:
+    """What one worker tells; a worker in the place of a lost one finds its predecessor's snapshot."""
+
+    ready = _Number(0)
+    """1 while it serves."""
+    streams = _Number(1)
+    """Live streams that are open."""
+    capacity = _Number(2)
+    """Live streams that may be open at once."""
+    files = _Number(3)
+    """Files held, from upload to answer."""
+    cpu_seconds = _Number(4)
+    """CPU time that its live streams took lately."""
+    open_seconds = _Number(5)
+    """Time that its live streams were open lately, summed over them."""
+    restarts = _Number(6)
+    """How often the worker was replaced; written by the supervisor."""
+    _half = _Number(7)  # which of two halves of the memory holds the snapshot that counts
+    _LENGTHS = (8, 9)  # in bytes, of what the halves hold
+
+    def __init__(self, memory: memoryview) -> None:
+        self.numbers = memory[:_NUMBERS_BYTES].cast("d")
+        self._halves = [memory[_NUMBERS_BYTES:][i * SNAPSHOT_BYTES :][:SNAPSHOT_BYTES] for i in range(2)]
+
+    def vacate(self) -> None:
+        """The worker is gone: what it held is free, what it counted stays."""
+        self.ready = self.streams = self.capacity = self.files = self.cpu_seconds = self.open_seconds = 0
+
+    def publish(self, snapshot: Any) -> None:
+        """Replace the snapshot by another one that JSON can carry."""
+        data = json.dumps(snapshot, separators=(",", ":")).encode()
+        if len(data) > SNAPSHOT_BYTES:
+            raise ValueError(f"a snapshot of {len(data)} bytes; there is room for {SNAPSHOT_BYTES}")
+        half = 1 - int(self._half)
+        self._halves[half][: len(data)] = data
+        self.numbers[self._LENGTHS[half]] = len(data)
+        self._half = half  # until here, readers see the one before
+
+    @property
+    def snapshot(self) -> Any:
+        """The latest snapshot; None if there was none."""
+        while True:
+            half = int(self._half)
+            data = bytes(self._halves[half][: int(self.numbers[self._LENGTHS[half]])])
+            try:
+                return json.loads(data) if data else None
+            except ValueError:  # it was replaced twice meanwhile
+                continue
+
+
+class Board:
+    """The slots of all workers of one service; a service of one process has a board with one.
+
+    mine: the slot of this process. fd: what `shared_file` made; without one, the board is for this process.
+    """
+
+    def __init__(self, n_slots: int = 1, mine: int = 0, fd: int = -1) -> None:
+        memory = memoryview(mmap.mmap(fd, n_slots * _SLOT_BYTES))
+        self.slots = [Slot(memory[i * _SLOT_BYTES :][:_SLOT_BYTES]) for i in range(n_slots)]
+        self.mine = self.slots[mine]
+
+    @property
+    def others(self) -> list[Slot]:
+        """The slots of the other workers that serve."""
+        return [slot for slot in self.slots if slot is not self.mine and slot.ready]
+
+    def total(self, name: str) -> float:
+        """The sum of a number over all workers."""
+        return sum(getattr(slot, name) for slot in self.slots)
+
+
+def shared_file(n_slots: int) -> int:
+    """The descriptor of a file for a board of so many slots, which ends with its last user."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("percepnet-board")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, n_slots * _SLOT_BYTES)
+    return fd

@@ -1,0 +1,64 @@
+"""Which cores this process may use, and how much of them: cpusets and the cgroup's CPU quota."""
+
+import math
+import os
+from pathlib import Path
+
+
+def usable() -> list[int]:
+    """The CPUs that this process may run on; a cpuset narrows them."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def quota(root: Path = Path("/")) -> float:
+    """CPU seconds per second that the process' cgroups allow; infinite without a limit. root: for tests."""
+    limits = [math.inf]
+    for folder in _cgroup_folders(root):
+        try:
+            if (folder / "cpu.max").exists():  # version 2: "150000 100000", or "max 100000"
+                time, period = (folder / "cpu.max").read_text().split()
+            else:  # version 1: microseconds, −1 without a limit
+                time = (folder / "cpu.cfs_quota_us").read_text()
+                period = (folder / "cpu.cfs_period_us").read_text()
+            limits.append(int(time) / int(period) if time != "max" and int(time) > 0 else math.inf)
+        except (OSError, ValueError):  # not this version, no limit at this level, or not ours to read
+            continue
+    return min(limits)
+
+
+def count() -> int:
+    """Cores' worth of CPU time that the process may use, rounded up."""
+    return max(1, min(len(usable()), math.ceil(min(quota(), 2**16))))
+
+
+def pin(worker: int, n_workers: int) -> bool:
+    """Keep this process on a core of its own, if there is a worker for every usable core; tells whether.
+
+    Otherwise the system spreads the workers: were they pinned, several services on one machine would all
+    crowd its first cores.
+    """
+    cpus = usable()
+    if n_workers < len(cpus) or not hasattr(os, "sched_setaffinity"):
+        return False
+    os.sched_setaffinity(0, {cpus[worker % len(cpus)]})
+    return True
+
+
+def _cgroup_folders(root: Path) -> list[Path]:
+    """Where the limits of this process may stand: its cgroup of both versions, and those around it."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folders = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        inner = mount / path.lstrip("/")
+        # In a container the path may be that of the host, which is not visible: the mount is then its own.
+        folders += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(mount)]
+    return folders

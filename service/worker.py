@@ -1,0 +1,35 @@
+"""One worker of a service of many processes: `python -m service.worker SEAT`, started by the supervisor."""
+
+import os
+import socket
+import sys
+
+from service import cores, logs
+from service.board import Board
+from service.settings import Settings
+from service.supervisor import Seat
+
+
+def main(text: str) -> int:
+    """Serve until told to stop, or until the supervisor is gone; returns the exit status of the process."""
+    seat = Seat.parse(text)
+    cores.pin(seat.worker, seat.n_workers)
+    settings = Settings.load(os.environ, seat.flags | {"grpc_listen": seat.grpc_listen})
+    logs.configure(settings.log_threshold)
+    board = Board(seat.n_workers, seat.worker, seat.board)
+    from service.main import FAILURES, Server, load_enhancer  # on the core where it will run
+
+    try:
+        server = Server(settings, load_enhancer(settings), board, until=seat.alive)
+    except FAILURES as error:
+        if board.mine.snapshot is None:  # the service has not started: the supervisor tells it, once
+            board.mine.publish(str(error))
+        else:
+            logs.logger.error("worker cannot start: %s", error)
+        return 1
+    server.run([socket.socket(fileno=seat.http)])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
