@@ -1,6 +1,17 @@
-"""Who sends a request."""
+"""Who sends a request, and how much one caller may have at once."""
 
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from service.errors import LimitError
+
+_TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{1,64})?"
+)
+"""W3C Trace Context: what is not so must be ignored. Versions after 00 may bring more fields."""
 
 
 @dataclass(frozen=True)
@@ -9,10 +20,46 @@ class Caller:
 
     peer: str
     """Address and port: one connection."""
+    key: str | None = None
+    """Name of the API key."""
     traceparent: str | None = None
-    """The caller's trace (W3C Trace Context)."""
+    """The caller's trace."""
+
+    @classmethod
+    def of(cls, peer: str, key: str | None, headers: Mapping[str, str]) -> "Caller":
+        """The caller behind some headers (names in lower case)."""
+        traceparent = headers.get("traceparent", "")
+        return cls(peer, key, traceparent if _TRACEPARENT.fullmatch(traceparent) else None)
 
     @property
     def fields(self) -> dict[str, str]:
         """What a log line tells of it."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+
+class Quota:
+    """How many of something each owner has at once.
+
+    limit: accepted; None for any number. what: names it in the message.
+    """
+
+    def __init__(self, limit: int | None, what: str) -> None:
+        self._limit = limit
+        self._what = what
+        self._held: Counter[str] = Counter()
+
+    @contextmanager
+    def hold(self, owner: str | None) -> Iterator[None]:
+        """Count one more of an owner's, nobody's aside; raises LimitError."""
+        if self._limit is None or owner is None:
+            yield
+            return
+        if self._held[owner] >= self._limit:
+            raise LimitError(f"at most {self._limit} {self._what} at once; end one first")
+        self._held[owner] += 1
+        try:
+            yield
+        finally:
+            self._held[owner] -= 1
+            if not self._held[owner]:
+                del self._held[owner]

@@ -34,6 +34,14 @@ class BusyError(ServiceError):
     """No room for another file or stream now."""
 
 
+class LimitError(BusyError):
+    """One caller has as many files or streams as it may."""
+
+
+class UnauthenticatedError(ServiceError):
+    """The caller did not say who it is with a known API key or a certificate."""
+
+
 class StoppingError(ServiceError):
     """The process ends before the file is done."""
 
@@ -88,6 +96,12 @@ ANSWERS: dict[type[Exception], Answer] = {
         "slow_reader", 408, "RESOURCE_EXHAUSTED", "The live stream did not read its answers."
     ),
     ClientGoneError: Answer("client_gone", 499, "CANCELLED", "The caller hung up."),
+    UnauthenticatedError: Answer(
+        "unauthenticated", 401, "UNAUTHENTICATED", "A known API key or a client certificate is needed."
+    ),
+    LimitError: Answer(
+        "too_many", 429, "RESOURCE_EXHAUSTED", "This caller has as many files or streams as it may."
+    ),
     BusyError: Answer("busy", 503, "RESOURCE_EXHAUSTED", "Too many files are being worked on; try again."),
     StoppingError: Answer("stopping", 503, "UNAVAILABLE", "The service is stopping; try again."),
     Exception: Answer("internal", 500, "INTERNAL", "The service failed; the fault is not the caller's."),
@@ -98,7 +112,7 @@ NOT_ABOUT_FILES = (ClientGoneError, IdleError, SlowReaderError)
 """Never told to the caller of `/enhance`."""
 
 RETRY_AFTER_SECONDS = 5
-"""When to come back after a 503: a file takes about a second a minute of audio."""
+"""When to come back after a 429 or 503: a file takes about a second a minute of audio."""
 
 PROBLEM_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -118,15 +132,21 @@ def answer_for(error: Exception) -> Answer:
     return next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
 
 
-def problem(error: Exception) -> JSONResponse:
-    """The answer to a failed request: a problem document (RFC 9457) with a stable `code`.
-
-    An undeclared exception tells the caller nothing about the service's inside.
-    """
+def told(error: Exception) -> str:
+    """What the caller is told: an undeclared exception tells nothing about the service's inside."""
     answer = answer_for(error)
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if answer.http_status == 503 else {}
-    detail = answer.meaning if answer.code == "internal" else str(error)
-    return problem_response(answer.http_status, answer.code, detail, headers)
+    return answer.meaning if answer.code == "internal" else str(error)
+
+
+def problem(error: Exception) -> JSONResponse:
+    """The answer to a failed request: a problem document (RFC 9457) with a stable `code`."""
+    answer = answer_for(error)
+    headers = {}
+    if answer.http_status in (429, 503):
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    elif answer.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return problem_response(answer.http_status, answer.code, told(error), headers)
 
 
 def problem_response(status: int, code: str, detail: str, headers: dict[str, str]) -> JSONResponse:

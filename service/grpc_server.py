@@ -1,8 +1,10 @@
 """The gRPC interface: live streams and short clips, health and reflection."""
 
 import asyncio
-import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -14,14 +16,13 @@ from percepnet.enhancer import Enhancer
 from percepnet.errors import ParameterError
 from percepnet.stream import enhance
 from service import messages, pcm
+from service.access import Access
 from service.callers import Caller
-from service.engine import Engine
-from service.errors import BusyError, ClientGoneError, StoppingError, answer_for
+from service.errors import BusyError, ClientGoneError, StoppingError, UnauthenticatedError, answer_for, told
 from service.health import Health
 from service.jobs import Checkpoint, FileJobs
 from service.logs import logger
 from service.messages import pb
-from service.metrics import Metrics
 from service.settings import Settings
 from service.streams import Streams
 from service.ticker import Ticker
@@ -45,37 +46,40 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
 )
 
+_HEALTH = "/grpc.health.v1.Health/"
+_known: ContextVar[Caller] = ContextVar("_known")  # gRPC keeps it from the interceptor to the handler
+
 
 class GrpcServer:
     """The gRPC side of one process; all methods are called on the event loop.
 
-    settings: limits of the deployment. engine: of the live streams. clips: enhances clips; stands back.
+    settings: where to listen. access: who may call. clips: enhances clips; stands back.
     """
 
-    def __init__(self, settings: Settings, engine: Engine, clips: Enhancer, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, access: Access, streams: Streams, clips: Enhancer) -> None:
         self._settings = settings
-        self._engine = engine
+        self._access = access
         self._clip_enhancer = clips
-        self._streams = Streams(settings, engine, clips.model.manifest, metrics)
+        self._streams = streams
+        self._engine = streams.engine
         self._jobs = FileJobs(1, MAX_CLIPS)
-        self._board = metrics.board
+        self._board = streams.metrics.board
         self._health = health_aio.HealthServicer()
         self.port = 0
 
     async def start(self, state: Health) -> None:
         """Listen; raises RuntimeError if the address cannot be had. state: whether the process stops."""
-        self._streams.stopping = lambda: state.stopping
+        self._streams.start(lambda: state.stopping)
         self._ticker = Ticker(self._engine)
         await self._listen()
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        self._sweeper = asyncio.create_task(self._streams.sweep())
 
     async def _listen(self) -> None:
         """Take connections; raises RuntimeError if the address cannot be had."""
         # Without workers that share it, a second server on the port must fail, not take half of the calls.
-        shared = len(self._board.slots) > 1
-        server = grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", int(shared))))
+        shared = ("grpc.so_reuseport", int(len(self._board.slots) > 1))
+        server = grpc.aio.server(options=(*_OPTIONS, shared), interceptors=[_Gate(self._access)])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
@@ -88,29 +92,29 @@ class GrpcServer:
             "GetStatus": grpc.unary_unary_rpc_method_handler(self._get_status),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        self.port = server.add_insecure_port(str(self._settings.grpc_listen))
+        address, tls = str(self._settings.grpc_listen), self._access.tls
+        if tls is None:
+            self.port = server.add_insecure_port(address)
+        else:
+            self.port = server.add_secure_port(address, tls.grpc_credentials())
         await server.start()
         self._server = server
 
     async def stop(self) -> None:
         """Stop being healthy, let live streams end within the grace, cut off those that remain."""
         await self._health.enter_graceful_shutdown()
-        deadline = time.monotonic() + self._settings.shutdown_grace_seconds
-        while (self._engine.active or self._jobs.accepted) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        self._streams.cut_off()
+        await self._streams.stop()
         await self._server.stop(1)
-        self._sweeper.cancel()
         self._ticker.close()
         await self._jobs.close()
 
     async def _enhance_stream(self, _: Any, context: grpc.aio.ServicerContext) -> None:
-        await self._guard(context, self._streams.converse(_GrpcWire(context), _caller(context)))
+        await _guard(context, self._streams.converse(_GrpcWire(context), _caller(context)))
 
     async def _enhance_clip(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        return (await self._guard(context, self._clip(data))).SerializeToString()
+        return (await _guard(context, self._clip(data, _caller(context)))).SerializeToString()
 
-    async def _clip(self, data: bytes) -> pb.EnhanceClipResponse:
+    async def _clip(self, data: bytes, caller: Caller) -> pb.EnhanceClipResponse:
         request = messages.parse(pb.EnhanceClipRequest, data)
         if self._streams.stopping():
             raise StoppingError("the server is stopping; try another one")
@@ -125,7 +129,7 @@ class GrpcServer:
             clean = enhance(samples, rate, controls=controls, enhancer=self._clip_enhancer)
             return pcm.encode(clean, encoding).tobytes()
 
-        with self._jobs.place():
+        with self._access.files.hold(caller.key), self._jobs.place():
             audio = await self._jobs.run(work)
         manifest = self._clip_enhancer.model.manifest
         return pb.EnhanceClipResponse(audio=audio, model_name=manifest.name, model_version=manifest.version)
@@ -141,20 +145,6 @@ class GrpcServer:
             stream_capacity=capacity,
             accepting=not self._streams.stopping() and active < capacity,
         ).SerializeToString()
-
-    async def _guard(self, context: grpc.aio.ServicerContext, work: Awaitable[Any]) -> Any:
-        """Await some work; a failure becomes the RPC's status."""
-        try:
-            return await work
-        except Exception as error:
-            answer = answer_for(error)
-            if answer.code == "internal":
-                logger.error("rpc failed", exc_info=error)
-            detail = answer.meaning if answer.code == "internal" else str(error)
-            hint = (
-                (("grpc-retry-pushback-ms", str(RETRY_MILLISECONDS)),) if isinstance(error, BusyError) else ()
-            )
-            await context.abort(grpc.StatusCode[answer.grpc_code], detail, hint)
 
 
 class _GrpcWire:
@@ -175,7 +165,51 @@ class _GrpcWire:
         except Exception as error:  # gRPC's errors have no common base class
             raise ClientGoneError("the caller hung up") from error
 
+    def release(self, writer: asyncio.Task[None]) -> None:
+        """Let it wait: gRPC sends no status while a response is in the way.
+
+        A caller that does not read holds up its own status, but no place any more.
+        """
+
+
+async def _guard(context: grpc.aio.ServicerContext, work: Awaitable[Any]) -> Any:
+    """Await some work; a failure becomes the RPC's status."""
+    try:
+        return await work
+    except Exception as error:
+        answer = answer_for(error)
+        if answer.code == "internal":
+            logger.error("rpc failed", exc_info=error)
+        hint = (("grpc-retry-pushback-ms", str(RETRY_MILLISECONDS)),) if isinstance(error, BusyError) else ()
+        await context.abort(grpc.StatusCode[answer.grpc_code], told(error), hint)
+
+
+class _Gate(grpc.aio.ServerInterceptor):
+    """Refuses the RPCs of unknown callers before a handler hears of them; everybody may ask for health."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Let a known caller through to the handler."""
+        if not details.method.startswith(_HEALTH):
+            try:
+                _known.set(self._access.caller("", dict(details.invocation_metadata or ())))
+            except UnauthenticatedError as error:
+                return grpc.stream_stream_rpc_method_handler(partial(_refuse, error))
+        return await continuation(details)
+
+
+async def _refuse(error: Exception, _: Any, context: grpc.aio.ServicerContext) -> None:
+    async def fail() -> None:
+        raise error
+
+    await _guard(context, fail())
+
 
 def _caller(context: grpc.aio.ServicerContext) -> Caller:
-    metadata = dict(context.invocation_metadata() or ())
-    return Caller(context.peer(), metadata.get("traceparent"))
+    return replace(_known.get(), peer=context.peer())

@@ -12,7 +12,8 @@ import uvicorn
 from percepnet.constants import HOP
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model, ModelError
-from service import capacity, cores, logs
+from service import capacity, connections, cores, logs
+from service.access import Access
 from service.behind_live import BehindLive
 from service.board import Board
 from service.engine import Engine
@@ -21,8 +22,10 @@ from service.health import Health
 from service.metrics import Metrics
 from service.rest import create_app
 from service.settings import Settings, SettingsError
+from service.streams import Streams
+from service.watched import FilesError
 
-FAILURES = (SettingsError, ModelError)
+FAILURES = (SettingsError, FilesError, ModelError)
 """What a service cannot start with; the message is for its operator."""
 
 
@@ -43,13 +46,17 @@ class Server(uvicorn.Server):
         engine = Engine(enhancer, _capacity(settings, enhancer, self._board), metrics)
         self._board.mine.capacity = engine.capacity
         metrics.queue_frames.set_function(lambda: engine.queued_frames)
+        access = Access(settings)
         files = BehindLive(enhancer, engine)
-        self.grpc = GrpcServer(settings, engine, files, metrics)
+        streams = Streams(settings, access, engine, enhancer.model.manifest, metrics)
+        self.grpc = GrpcServer(settings, access, streams, files)
         super().__init__(
             uvicorn.Config(
-                create_app(settings, files, self.health, metrics),
+                create_app(settings, access, files, streams, self.health, metrics),
                 host=settings.http_listen.host,
                 port=settings.http_listen.port,
+                **connections.options(settings.transfer_timeout_seconds),
+                ssl_context_factory=access.tls and access.tls.http_context,
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated, Any, BinaryIO, TypeVar
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response, Security, WebSocket
+from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
@@ -18,12 +19,16 @@ from percepnet.constants import LATENCY_SAMPLES, SAMPLE_RATE
 from percepnet.enhancer import Enhancer
 from percepnet.stream import Summary, enhance_file
 from service import download, health, upload
+from service import websocket as websocket_stream
+from service.access import Access
+from service.callers import Caller
 from service.download import Download
 from service.errors import (
     ANSWERS,
     NOT_ABOUT_FILES,
     ClientGoneError,
     TooLargeError,
+    UnauthenticatedError,
     documented_problems,
     problem_response,
 )
@@ -32,6 +37,7 @@ from service.metrics import Metrics
 from service.observe import Observe
 from service.parameters import Parameters
 from service.settings import Settings
+from service.streams import Streams
 from service.upload import MIB, Upload, read_upload, spooled_file
 
 _DESCRIPTION = """\
@@ -43,6 +49,9 @@ _ENHANCE_DESCRIPTION = """\
 Send WAV, FLAC, Ogg (Vorbis, Opus) or MP3, 8 to 192 kHz, as the `file` of a multipart form or as
 the bare body. Each channel is enhanced on its own. The parameters may stand in the query or in the form.
 """
+
+_BEARER = HTTPBearer(auto_error=False, description="An API key, if the deployment has keys.")
+_API_KEY = APIKeyHeader(name="x-api-key", auto_error=False, description="The same, in a header of its own.")
 
 _Result = TypeVar("_Result")
 
@@ -103,11 +112,18 @@ def _enhance(
     return summary, time.thread_time() - cpu_started
 
 
-def create_app(settings: Settings, enhancer: Enhancer, state: health.Health, metrics: Metrics) -> FastAPI:
+def create_app(
+    settings: Settings,
+    access: Access,
+    enhancer: Enhancer,
+    streams: Streams,
+    state: health.Health,
+    metrics: Metrics,
+) -> FastAPI:
     """The application that serves one engine.
 
-    settings: limits of the deployment. enhancer: shared by all requests. state: what `/readyz` tells.
-    metrics: what `/metrics` tells.
+    settings: limits of the deployment. access: who may call. enhancer: shared by all requests. streams: of
+    WebSockets and gRPC. state: what `/readyz` tells. metrics: what `/metrics` tells.
     """
     at_once = math.ceil(settings.file_workers / len(metrics.board.slots))
     jobs = FileJobs(at_once, settings.max_requests, metrics.board)
@@ -136,9 +152,19 @@ def create_app(settings: Settings, enhancer: Enhancer, state: health.Health, met
             error.status_code, code, f"{request.method} {request.url.path}", dict(error.headers or {})
         )
 
-    async def place() -> AsyncIterator[ExitStack]:
+    async def known(
+        request: Request,
+        bearer: Annotated[object, Security(_BEARER)],
+        api_key: Annotated[object, Security(_API_KEY)],
+    ) -> Caller:
+        """The caller, who may use the service; the two schemes only document how a key is sent."""
+        caller = access.http_caller(request)
+        request.state.line |= caller.fields
+        return caller
+
+    async def place(caller: Annotated[Caller, Depends(known)]) -> AsyncIterator[ExitStack]:
         """A place among the files, and the temporary files of its holder, until the answer is sent."""
-        with jobs.place(), ExitStack() as resources:
+        with access.files.hold(caller.key), jobs.place(), ExitStack() as resources:
             yield resources
 
     @app.post(
@@ -183,7 +209,13 @@ def create_app(settings: Settings, enhancer: Enhancer, state: health.Health, met
             settings.transfer_timeout_seconds,
         )
 
-    @app.get("/v1/model", tags=["enhancement"], summary="What model serves, and its delay")
+    @app.get(
+        "/v1/model",
+        tags=["enhancement"],
+        summary="What model serves, and its delay",
+        responses=documented_problems([UnauthenticatedError]),
+        dependencies=[Depends(known)],
+    )
     async def model() -> dict[str, Any]:
         described = {
             name: value
@@ -201,6 +233,10 @@ def create_app(settings: Settings, enhancer: Enhancer, state: health.Health, met
     async def exposition(request: Request) -> Response:
         content, content_type = metrics.render(request.headers.get("accept", ""))
         return Response(content, headers={"Content-Type": content_type})
+
+    @app.websocket("/v1/stream")
+    async def stream(websocket: WebSocket) -> None:
+        await websocket_stream.serve(websocket, streams, access)
 
     app.include_router(health.routes(state))
     return app

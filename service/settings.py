@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from service import cores
+from service import cores, keys
 
 PREFIX = "PERCEPNET_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -66,9 +66,12 @@ def _log_level(text: str) -> str:
     return text.lower()
 
 
-def _meaning(parse: Callable[[str], Any], meaning: str, *, unset: str = "none") -> dict[str, Any]:
-    """unset: what no value means, in words."""
-    return {"parse": parse, "meaning": meaning, "unset": unset}
+def _meaning(
+    parse: Callable[[str], Any], meaning: str, *, unset: str = "none", secret: bool = False
+) -> dict[str, Any]:
+    """unset: what no value means, in words. secret: in the environment only, since flags are seen by every user
+    of the machine, and in no message."""
+    return {"parse": parse, "meaning": meaning, "unset": unset, "secret": secret}
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,35 @@ class Settings:
         default=30.0,
         metadata=_meaning(_seconds, "time in seconds for held files and live streams to end after SIGTERM"),
     )
+    max_streams_per_connection: int | None = field(
+        default=None, metadata=_meaning(_whole(1), "live streams at once over one connection")
+    )
+    max_streams_per_key: int | None = field(
+        default=None, metadata=_meaning(_whole(1), "live streams at once with one API key")
+    )
+    max_requests_per_key: int | None = field(
+        default=None, metadata=_meaning(_whole(1), "files held at once with one API key")
+    )
+    api_keys: keys.Entries = field(
+        default=(),
+        repr=False,
+        metadata=_meaning(keys.parse, "API keys, NAME:KEY with commas between", secret=True),
+    )
+    api_keys_file: Path | None = field(
+        default=None,
+        metadata=_meaning(Path, "API keys, NAME:KEY on each line; read again when it changes"),
+    )
+    tls_cert: Path | None = field(
+        default=None,
+        metadata=_meaning(Path, "certificate chain (PEM) of both servers; read again when it changes"),
+    )
+    tls_key: Path | None = field(
+        default=None, metadata=_meaning(Path, "private key (PEM) of the certificate")
+    )
+    tls_client_ca: Path | None = field(
+        default=None,
+        metadata=_meaning(Path, "authorities (PEM) one of which must have signed a client's certificate"),
+    )
     log_level: str = field(
         default="info", metadata=_meaning(_log_level, f"least severe lines logged: {', '.join(LOG_LEVELS)}")
     )
@@ -149,15 +181,22 @@ class Settings:
         chosen = {}
         for setting in fields(cls):
             variable = PREFIX + setting.name.upper()
-            flag = flags.get(setting.name)
+            secret = setting.metadata["secret"]
+            flag = None if secret else flags.get(setting.name)
             name, text = (variable, environ.get(variable)) if flag is None else (_flag(setting.name), flag)
             if not text:
                 continue
             try:
                 chosen[setting.name] = setting.metadata["parse"](text)
             except ValueError as error:
-                raise SettingsError(f"{name}={text!r}: expected {error}") from error
-        return cls(**chosen)
+                given = name if secret else f"{name}={text!r}"
+                raise SettingsError(f"{given}: expected {error}") from error
+        settings = cls(**chosen)
+        if (settings.tls_cert is None) != (settings.tls_key is None):
+            raise SettingsError("TLS needs both, a certificate and its key; only one is set")
+        if settings.tls_client_ca is not None and settings.tls_cert is None:
+            raise SettingsError("a client CA needs TLS: set a certificate and its key too")
+        return settings
 
     @property
     def log_threshold(self) -> int:
@@ -174,6 +213,8 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one flag per setting; `Settings.load` checks the values."""
     for setting in fields(Settings):
+        if setting.metadata["secret"]:
+            continue
         default = setting.metadata["unset"] if setting.default is None else setting.default
         parser.add_argument(
             _flag(setting.name),

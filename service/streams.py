@@ -3,19 +3,26 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from percepnet.errors import ParameterError
 from percepnet.model import Manifest
 from service import messages
+from service.access import Access
 from service.callers import Caller
 from service.engine import DEADLINE_SECONDS, Engine, Session
-from service.errors import ClientGoneError, IdleError, SlowReaderError, StoppingError, answer_for
+from service.errors import BusyError, ClientGoneError, IdleError, SlowReaderError, StoppingError, answer_for
 from service.logs import logger
 from service.messages import pb
 from service.metrics import Metrics
 from service.settings import Settings
+
+MAX_NOT_BEGUN = 256
+"""Streams that were opened and have not sent their first message: they cost no place, but some memory."""
+
+_STOPPING = "the server is stopping; open the stream elsewhere"
 
 
 class Wire(Protocol):
@@ -27,20 +34,43 @@ class Wire(Protocol):
     async def write(self, response: pb.EnhanceStreamResponse) -> None:
         """Send a message, and wait while too many are under way. Raises ClientGoneError."""
 
+    def release(self, writer: asyncio.Task[None]) -> None:
+        """The stream is over: a writer that waits to send may be cancelled."""
+
 
 class Streams:
     """All live streams of one process; its methods are called on the event loop.
 
-    settings: limits of the deployment. manifest: of the model that serves.
+    settings: limits of the deployment. access: limits of each caller. manifest: of the model that serves.
     """
 
-    def __init__(self, settings: Settings, engine: Engine, manifest: Manifest, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, access: Access, engine: Engine, manifest: Manifest, metrics: Metrics
+    ) -> None:
         self.settings = settings
+        self._access = access
         self.engine = engine
         self.manifest = manifest
         self.metrics = metrics
         self.stopping: Callable[[], bool] = lambda: False
         self._conversations: set[Conversation] = set()
+
+    def start(self, stopping: Callable[[], bool]) -> None:
+        """Watch over the streams. stopping: whether new ones are refused."""
+        self.stopping = stopping
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def stop(self) -> None:
+        """Refuse those that have not begun, let the others end within the grace, cut off what remains."""
+        for conversation in list(self._conversations):
+            if not conversation.begun:
+                conversation.fail(StoppingError(_STOPPING))
+        deadline = time.monotonic() + self.settings.shutdown_grace_seconds
+        while self._conversations and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for conversation in list(self._conversations):
+            conversation.fail(StoppingError("the server stopped before the stream ended; open it elsewhere"))
+        self._sweeper.cancel()
 
     async def converse(self, wire: Wire, caller: Caller) -> None:
         """Serve one stream to its end; raises what ended it early."""
@@ -51,18 +81,23 @@ class Streams:
         finally:
             self._conversations.discard(conversation)
 
-    async def sweep(self) -> None:
-        """End the streams that went silent, for ever."""
+    @contextmanager
+    def place(self, caller: Caller) -> Iterator[None]:
+        """Hold one of the streams that a caller may have; raises LimitError, BusyError, StoppingError."""
+        if self.stopping():
+            raise StoppingError(_STOPPING)
+        if len(self._conversations) - self.engine.active > MAX_NOT_BEGUN:
+            raise BusyError(f"{MAX_NOT_BEGUN} streams are waited for to send their first message")
+        with self._access.connection_streams.hold(caller.peer), self._access.streams.hold(caller.key):
+            yield
+
+    async def _sweep(self) -> None:
+        """End the streams that went silent."""
         limit = self.settings.stream_idle_seconds
         while True:
             await asyncio.sleep(min(1, limit / 4))
             for conversation in list(self._conversations):
                 conversation.check(time.monotonic() - limit)
-
-    def cut_off(self) -> None:
-        """End the streams that outlived the grace."""
-        for conversation in list(self._conversations):
-            conversation.fail(StoppingError("the server stopped before the stream ended; open it elsewhere"))
 
 
 class Conversation:
@@ -85,6 +120,11 @@ class Conversation:
         self._ending = False
         self._misses = 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether its first message came."""
+        return self._session is not None
+
     def fail(self, error: Exception) -> None:
         """End the stream with an error."""
         if self._error is None and self._reader is not None:
@@ -104,13 +144,13 @@ class Conversation:
         """Serve the stream to its end; raises what ended it early."""
         error: BaseException | None = None
         try:
-            await self._converse()
+            with self._streams.place(self._caller):
+                await self._converse()
         except (Exception, asyncio.CancelledError) as raised:
             error = self._error or raised
         self._close(error)
         if self._writer is not None:
-            # gRPC sends no status while a response waits in the way: a caller that does not read holds up its
-            # own status, but no place any more.
+            self._wire.release(self._writer)
             await asyncio.wait([self._writer])
         if error is not None:
             raise error
@@ -119,11 +159,8 @@ class Conversation:
         request = await self._read()
         if request is None:
             return
-        options = messages.opening(request)
-        if self._streams.stopping():
-            raise StoppingError("the server is stopping; open the stream elsewhere")
-        self._session = session = self._engine.open(options, self._answered.set)
-        self._log("stream opened", sample_rate_hz=options.sample_rate)
+        self._session = session = self._engine.open(messages.opening(request), self._answered.set)
+        self._log("stream opened", sample_rate_hz=session.options.sample_rate)
         settings = self._streams.settings
         await self._write(messages.started(session, self._streams.manifest, settings.stream_idle_seconds))
         self._writer = asyncio.create_task(self._write_answers(session))

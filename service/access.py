@@ -1,0 +1,41 @@
+"""Who may use the service: API keys and certificates, from files."""
+
+from collections.abc import Mapping
+
+from starlette.requests import HTTPConnection
+
+from service.callers import Caller, Quota
+from service.errors import UnauthenticatedError
+from service.keys import Keys
+from service.settings import Settings
+from service.tls import Tls
+
+
+class Access:
+    """What a deployment asks of its callers; the probes, metrics and documentation of a process ask nothing.
+
+    Raises FilesError if the keys or the certificates cannot be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.tls = Tls.of(settings)
+        self._keys = Keys(settings.api_keys, settings.api_keys_file)
+        self.files = Quota(settings.max_requests_per_key, "files with one API key")
+        self.streams = Quota(settings.max_streams_per_key, "live streams with one API key")
+        self.connection_streams = Quota(
+            settings.max_streams_per_connection, "live streams over one connection"
+        )
+
+    def caller(self, peer: str, headers: Mapping[str, str]) -> Caller:
+        """Who sends a request with these headers, names in lower case; raises UnauthenticatedError."""
+        return Caller.of(peer, self._keys.name_for(headers), headers)
+
+    def http_caller(self, connection: HTTPConnection, headers: Mapping[str, str] | None = None) -> Caller:
+        """Who sends a request over HTTP; raises UnauthenticatedError. headers: in place of the request's."""
+        # The handshake lets probes without a certificate through; one that is there was verified.
+        certified = connection.state.transport.get_extra_info("peercert")
+        if self.tls is not None and self.tls.wants_clients and not certified:
+            raise UnauthenticatedError("this service accepts only callers with a client certificate")
+        client = connection.client
+        peer = f"{client.host}:{client.port}" if client else "unknown"
+        return self.caller(peer, connection.headers if headers is None else headers)

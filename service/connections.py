@@ -1,0 +1,66 @@
+"""uvicorn's connections, and what this service needs beyond: who is at the other end, and when to end."""
+
+import asyncio
+from functools import partial
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+MAX_MESSAGE_BYTES = 1024 * 1024
+"""Of a WebSocket: above all that is accepted, so that what is a little too long gets a declared error."""
+
+
+class _Http(H11Protocol):
+    """HTTP/1.1 whose requests have the connection's transport in their state.
+
+    Closes connections on which the head of a request, the first or a further one, does not come in time.
+    """
+
+    def __init__(self, *args: Any, head_seconds: float, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._head_seconds = head_seconds
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "transport": transport}
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_waiting()
+
+    def _await_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(self._head_seconds, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+class _WebSocket(WebSocketsSansIOProtocol):
+    """A WebSocket that is not cut when the server is told to stop: `Streams` lets it end, or tells it to."""
+
+    def shutdown(self) -> None:
+        if self.close_sent or not self.handshake_complete:
+            super().shutdown()
+
+
+def options(head_seconds: float) -> dict[str, Any]:
+    """What to pass to `uvicorn.Config`; head_seconds: longest wait for the head of a request."""
+    return {
+        "http": partial(_Http, head_seconds=head_seconds),
+        "ws": _WebSocket,
+        "ws_max_size": MAX_MESSAGE_BYTES,
+        "ws_per_message_deflate": False,  # audio with noise does not shrink
+    }

@@ -1,0 +1,147 @@
+"""Live streams over a WebSocket: the messages of gRPC, control as JSON texts and audio as binary messages."""
+
+import asyncio
+import json
+from contextlib import suppress
+from typing import Any
+
+from fastapi import WebSocket
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+
+from percepnet.errors import ParameterError
+from service.access import Access
+from service.callers import Caller
+from service.connections import MAX_MESSAGE_BYTES
+from service.errors import ClientGoneError, TooLargeError, answer_for, told
+from service.logs import logger
+from service.messages import pb
+from service.streams import Streams
+
+SUBPROTOCOL = "percepnet.v1"
+KEY_PREFIX = "percepnet.key."
+"""A browser sets no headers: it offers the subprotocols `percepnet.v1` and `percepnet.key.KEY`."""
+
+CLOSE_CODES_FROM = 4000
+"""A stream that fails is closed with this plus the HTTP status of the error, in the range for applications."""
+
+_OK = 1000
+_TOO_BIG = 1009  # what the WebSocket layer closes with when a message is over the limit
+_REASON_BYTES = 123  # that a close frame may hold
+_GOODBYE_SECONDS = 5
+"""For a caller to take what it is told in the end; then the connection is cut."""
+
+
+async def serve(websocket: WebSocket, streams: Streams, access: Access) -> None:
+    """One connection: a stream from its config to its end, or to an error and the close code that goes with it."""
+    wire = _Wire(websocket)
+    try:
+        offered = websocket.scope["subprotocols"]
+        await websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        await streams.converse(wire, _caller(websocket, access))
+        ending = wire.close(_OK, "")
+    except ClientGoneError:
+        return
+    except Exception as error:
+        ending = wire.fail(error)
+    loop = asyncio.get_running_loop()
+    with suppress(ClientGoneError, TimeoutError):
+        async with asyncio.timeout(_GOODBYE_SECONDS):
+            await ending
+    loop.call_later(_GOODBYE_SECONDS, websocket.state.transport.abort)  # if it is still there
+
+
+class _Wire:
+    """A WebSocket as a stream's wire."""
+
+    def __init__(self, websocket: WebSocket) -> None:
+        self._websocket = websocket
+        self._drains = False  # whether the caller knows
+
+    async def read(self) -> pb.EnhanceStreamRequest:
+        """The next message."""
+        message = await self._websocket.receive()
+        if message["type"] == "websocket.disconnect":
+            if message.get("code") == _TOO_BIG:
+                raise TooLargeError(f"a message is larger than {MAX_MESSAGE_BYTES} bytes")
+            raise ClientGoneError("the caller hung up")
+        if message.get("bytes") is not None:
+            return pb.EnhanceStreamRequest(audio=message["bytes"])
+        return _parse(message["text"])
+
+    async def write(self, response: pb.EnhanceStreamResponse) -> None:
+        """Send a message: audio in binary, after a text if there is more to tell than samples."""
+        kind = response.WhichOneof("payload")
+        if kind == "audio":
+            audio = response.audio
+            if audio.HasField("report") or audio.flushed or audio.draining > self._drains:
+                self._drains = audio.draining
+                await self._send(text=_text({"audio": _described(audio)}))
+            await self._send(bytes=audio.audio)
+        elif kind == "parameters":
+            updated = response.parameters
+            values = {"parameters": _values(updated.parameters), "position": updated.position}
+            await self._send(text=_text({"parameters": values}))
+        else:
+            await self._send(text=_text({"started": _values(response.started)}))
+
+    def release(self, writer: asyncio.Task[None]) -> None:
+        """Let go of a message that waits to be taken."""
+        writer.cancel()
+
+    async def close(self, code: int, reason: str) -> None:
+        """End the connection."""
+        text = reason.encode()[:_REASON_BYTES].decode(errors="ignore")
+        await self._send_event({"type": "websocket.close", "code": code, "reason": text})
+
+    async def fail(self, error: Exception) -> None:
+        """Tell an error, and end the connection with its code."""
+        answer = answer_for(error)
+        if answer.code == "internal":
+            logger.error("stream failed", exc_info=error)
+        detail = told(error)
+        await self._send(text=_text({"error": {"code": answer.code, "detail": detail}}))
+        await self.close(CLOSE_CODES_FROM + answer.http_status, detail)
+
+    async def _send(self, **content: str | bytes) -> None:
+        await self._send_event({"type": "websocket.send", **content})
+
+    async def _send_event(self, event: dict[str, Any]) -> None:
+        try:
+            await self._websocket.send(event)
+        except Exception as error:  # of several libraries, with no common base
+            raise ClientGoneError("the caller hung up") from error
+
+
+def _caller(websocket: WebSocket, access: Access) -> Caller:
+    headers = dict(websocket.headers)
+    for offered in websocket.scope["subprotocols"]:
+        if offered.startswith(KEY_PREFIX):
+            headers.setdefault("x-api-key", offered.removeprefix(KEY_PREFIX))
+    return access.http_caller(websocket, headers)
+
+
+def _parse(text: str) -> pb.EnhanceStreamRequest:
+    try:
+        return ParseDict(json.loads(text), pb.EnhanceStreamRequest())
+    except (ValueError, RecursionError, ParseError) as error:
+        raise ParameterError(f"the text is no EnhanceStreamRequest in JSON: {error}") from error
+
+
+def _described(audio: pb.EnhancedAudio) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "position": audio.position,
+        "flushed": audio.flushed,
+        "draining": audio.draining,
+    }
+    values["queued_samples"] = audio.queued_samples
+    if audio.HasField("report"):
+        values["report"] = _values(audio.report)
+    return values
+
+
+def _values(message: Any) -> dict[str, Any]:
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values, separators=(",", ":"))
