@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
                 host=settings.http_listen.host,
                 port=settings.http_listen.port,
                 **connections.options(settings.transfer_timeout_seconds),
-                ssl_context_factory=access.tls and access.tls.http_context,
+                ssl_context_factory=access.tls.http_context if access.tls else None,
                 log_config=None,
                 access_log=False,
                 server_header=False,

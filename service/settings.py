@@ -161,7 +161,7 @@ class Settings:
         metadata=_meaning(Path, "certificate chain (PEM) of both servers; read again when it changes"),
     )
     tls_key: Path | None = field(
-        default=None, metadata=_meaning(Path, "private key (PEM) of the certificate")
+        default=None, metadata=_meaning(Path, "private key (PEM) of the certificate, without a passphrase")
     )
     tls_client_ca: Path | None = field(
         default=None,

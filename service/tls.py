@@ -21,10 +21,9 @@ class _Certificates:
 class Tls:
     """Certificate, key and client CA of a deployment.
 
-    With a client CA, gRPC refuses callers without a certificate in the handshake. Over HTTP the handshake lets
-    them through, for the probes that have none; `Access` asks the others.
-
-    Raises FilesError if a file cannot be used.
+    With a client CA, gRPC refuses callers without a certificate in the handshake. Over HTTP the handshake
+    lets them through, for the probes that have none; `Access` asks the others. Raises FilesError if a file
+    cannot be used.
     """
 
     def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
@@ -50,7 +49,10 @@ class Tls:
         return cls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
 
     def http_context(self, *_: object) -> ssl.SSLContext:
-        """uvicorn's `ssl_context_factory`: a context whose every handshake goes on with the newest certificates."""
+        """A context whose every handshake goes on with the newest certificates.
+
+        It takes what uvicorn's `ssl_context_factory` is given, and needs none of it.
+        """
 
         def newest(connection: ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:
             connection.context = self._files.value.for_http

@@ -20,7 +20,7 @@ class Watched(Generic[Value]):
     It is looked after when it is asked for: there is no task that could die unnoticed. Files that are missing
     or wrong for a while leave the last good value in force, and the log tells.
 
-    files: watched. read: makes the value, or raises OSError or ValueError. Raises FilesError if it does so now.
+    files: watched. read: makes the value, or raises OSError or ValueError: at first that is a FilesError.
     """
 
     def __init__(self, files: Sequence[Path], read: Callable[[], Value]) -> None:
@@ -43,19 +43,20 @@ class Watched(Generic[Value]):
                 self._value = self._read()
             except (OSError, ValueError) as error:
                 logger.error(
-                    "%s: changed and cannot be used, what was read before stays: %s", self._names, error
+                    "%s: cannot be used any more, what was read before stays: %s", self._names, error
                 )
             else:
-                logger.info("%s: changed and read again", self._names)
+                logger.info("%s: changed, and read again", self._names)
         return self._value
 
-    def _stamp(self) -> list[tuple[int, ...]]:
-        """Changes when a file does, or what its link points to."""
-        stamps = []
-        for file in self._files:
-            try:
-                status = os.stat(file)
-                stamps.append((status.st_ino, status.st_mtime_ns, status.st_size))
-            except OSError:
-                stamps.append(())
-        return stamps
+    def _stamp(self) -> list[tuple[int, int, int] | None]:
+        return [_stamp(file) for file in self._files]
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """Changes when a file does, or what its link points to; None if it is missing."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -22,7 +22,7 @@ KEY_PREFIX = "percepnet.key."
 """A browser sets no headers: it offers the subprotocols `percepnet.v1` and `percepnet.key.KEY`."""
 
 CLOSE_CODES_FROM = 4000
-"""A stream that fails is closed with this plus the HTTP status of the error, in the range for applications."""
+"""A stream that fails is closed with this plus the error's HTTP status, codes for applications."""
 
 _OK = 1000
 _TOO_BIG = 1009  # what the WebSocket layer closes with when a message is over the limit
@@ -32,7 +32,7 @@ _GOODBYE_SECONDS = 5
 
 
 async def serve(websocket: WebSocket, streams: Streams, access: Access) -> None:
-    """One connection: a stream from its config to its end, or to an error and the close code that goes with it."""
+    """One connection: a stream from its config to its end, or to an error and its close code."""
     wire = _Wire(websocket)
     try:
         offered = websocket.scope["subprotocols"]
@@ -128,15 +128,10 @@ def _parse(text: str) -> pb.EnhanceStreamRequest:
 
 
 def _described(audio: pb.EnhancedAudio) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "position": audio.position,
-        "flushed": audio.flushed,
-        "draining": audio.draining,
-    }
-    values["queued_samples"] = audio.queued_samples
-    if audio.HasField("report"):
-        values["report"] = _values(audio.report)
-    return values
+    """What it holds beside its samples; in protobuf's own JSON the position would be a text."""
+    names = ("position", "flushed", "queued_samples", "draining")
+    report = {"report": _values(audio.report)} if audio.HasField("report") else {}
+    return {name: getattr(audio, name) for name in names} | report
 
 
 def _values(message: Any) -> dict[str, Any]:

@@ -1,0 +1,298 @@
+"""Live streams over WebSocket, through a real server on a real socket.
+
+Invariant: the same session as over gRPC; every stream gets all of its samples, or an error and its close
+code.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from running import TIMEOUT_SECONDS, eventually, running
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from percepnet.enhancer import Enhancer
+from percepnet.model import Model
+from percepnet.stream import enhance
+from service.main import Server
+
+RATE = 16_000
+CONFIG = {"sample_rate_hz": RATE, "encoding": "ENCODING_S16LE"}
+
+
+class Service:
+    """A running server and connections to it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        host, port = server.servers[0].sockets[0].getsockname()
+        self.url = f"ws://{host}:{port}/v1/stream"
+        self.http = f"http://{host}:{port}"
+
+    def connect(self, **choices: Any) -> ClientConnection:
+        return connect(self.url, open_timeout=TIMEOUT_SECONDS, ping_interval=None, **choices)
+
+    @contextmanager
+    def stream(self, **config: Any) -> Iterator[ClientConnection]:
+        """A connection whose config was sent and answered."""
+        with self.connect() as socket:
+            send(socket, config=CONFIG | config)
+            assert "started" in text(socket)
+            yield socket
+
+    def metric(self, name: str) -> float:
+        lines = httpx.get(f"{self.http}/metrics", timeout=TIMEOUT_SECONDS).text.splitlines()
+        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(f"{name} "))
+
+    def wait_for(self, name: str, value: float) -> None:
+        eventually(lambda: self.metric(name) == value, f"{name} = {value}")
+
+
+def send(socket: ClientConnection, **message: Any) -> None:
+    socket.send(json.dumps(message))
+
+
+def text(socket: ClientConnection) -> dict[str, Any]:
+    message = socket.recv(timeout=TIMEOUT_SECONDS)
+    assert isinstance(message, str)
+    return json.loads(message)
+
+
+def audio(socket: ClientConnection) -> bytes:
+    message = socket.recv(timeout=TIMEOUT_SECONDS)
+    assert isinstance(message, bytes)
+    return message
+
+
+def read_on(socket: ClientConnection) -> None:
+    while True:
+        socket.recv(timeout=TIMEOUT_SECONDS)
+
+
+def speak_on(socket: ClientConnection) -> None:
+    while True:
+        socket.send(bytes(4 * RATE))
+
+
+def ending(socket: ClientConnection) -> tuple[int, str]:
+    """The code and the reason that a connection is closed with."""
+    with pytest.raises(ConnectionClosed) as closed:
+        read_on(socket)
+    assert closed.value.rcvd is not None
+    return closed.value.rcvd.code, closed.value.rcvd.reason
+
+
+@contextmanager
+def serving(enhancer: Enhancer, **choices: Any) -> Iterator[Service]:
+    with running(enhancer, **choices) as server:
+        yield Service(server)
+
+
+@pytest.fixture(scope="module")
+def enhancer(random_model: Model) -> Enhancer:
+    return Enhancer(random_model)
+
+
+@pytest.fixture(scope="module")
+def service(enhancer: Enhancer) -> Iterator[Service]:
+    with serving(enhancer, max_streams=4, shutdown_grace_seconds=2) as service:
+        yield service
+
+
+def pcm16(n_samples: int) -> bytes:
+    noise = 0.1 * np.random.default_rng(0).standard_normal(n_samples)
+    return (noise * 32_768).astype("<i2").tobytes()
+
+
+def enhanced(data: bytes, enhancer: Enhancer) -> np.ndarray:
+    samples = np.frombuffer(data, "<i2") / np.float32(32_768)
+    clean = enhance(samples, RATE, enhancer=enhancer)
+    return np.rint(clean * 32_768).clip(-32_768, 32_767)
+
+
+def test_a_stream_is_the_offline_result(service: Service, enhancer: Enhancer) -> None:
+    data = pcm16(3_217)
+    output = []
+    with service.connect() as socket:
+        send(socket, config=CONFIG)
+        started = text(socket)["started"]
+        assert started["model_name"] == "random"
+        assert started["config"]["parameters"] == {"mix": 1.0, "postfilter": True}
+        for start in range(0, len(data), 320):
+            socket.send(data[start : start + 320])
+            output.append(audio(socket))
+            assert len(output[-1]) == len(data[start : start + 320])
+        send(socket, end={})
+        last = text(socket)["audio"]
+        assert last["flushed"]
+        assert isinstance(last["position"], int)
+        output.append(audio(socket))
+        assert ending(socket) == (1000, "")
+    delay = started["delay_samples"]
+    samples = np.frombuffer(b"".join(output), "<i2")[delay:]
+    np.testing.assert_array_equal(samples, enhanced(data, enhancer))
+
+
+def test_parameters_flushes_and_reports_come_as_texts(service: Service) -> None:
+    with service.stream(compensate_delay=True, report=True) as socket:
+        socket.send(pcm16(1_600))
+        described = text(socket)["audio"]
+        assert described["position"] == 0
+        assert 0 < described["report"]["mean_gain"] <= 1
+        first = audio(socket)
+        send(socket, flush={})
+        assert text(socket)["audio"]["flushed"]
+        assert len(first) + len(audio(socket)) == 3_200
+        send(socket, parameters={"mix": 0})
+        assert text(socket) == {"parameters": {"parameters": {"mix": 0.0, "postfilter": True}, "position": 0}}
+        send(socket, end={})
+        assert text(socket)["audio"]["flushed"]
+        assert audio(socket) == b""
+        assert ending(socket) == (1000, "")
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ([b"ab"], "payload: the first message is audio"),
+        (["{}"], "payload: the first message is nothing"),
+        (["not JSON"], "the text is no EnhanceStreamRequest in JSON"),
+        (["[1, 2]"], "the text is no EnhanceStreamRequest in JSON"),
+        (["[" * 100_000], "the text is no EnhanceStreamRequest in JSON"),
+        ([{"confg": CONFIG}], 'no field named "confg"'),
+        ([{"config": CONFIG | {"sample_rate": 1}}], 'no field named "sample_rate"'),
+        ([{"config": CONFIG | {"sample_rate_hz": 7_999}}], "config.sample_rate_hz: 7999; accepted are 8000"),
+        ([{"config": CONFIG | {"sample_rate_hz": -1}}], "sample_rate_hz"),
+        ([{"config": CONFIG | {"encoding": "MP3"}}], "MP3"),
+        ([{"config": {"sample_rate_hz": RATE}}], "config.encoding: 0; accepted are ENCODING_S16LE and"),
+        ([{"config": CONFIG | {"parameters": {"mix": "NaN"}}}], "config.parameters.mix: nan"),
+        ([{"config": CONFIG}, {"config": CONFIG}], "payload: config came"),
+        ([{"config": CONFIG}, b"abc"], "audio: 3 bytes; samples have 2 bytes each"),
+        ([{"config": CONFIG}, bytes(2 * RATE + 2)], "audio: 16001 samples; accepted are 16000"),
+    ],
+)
+def test_a_wrong_message_is_told_and_harms_no_other_stream(
+    service: Service, messages: list[Any], told: str
+) -> None:
+    with service.stream() as bystander:
+        bystander.send(pcm16(333))
+        assert len(audio(bystander)) == 666
+        with service.connect() as socket:
+            for message in messages:
+                socket.send(json.dumps(message) if isinstance(message, dict) else message)
+            answer = text(socket)
+            if "started" in answer:
+                answer = text(socket)
+            assert answer["error"]["code"] == "bad_parameter"
+            assert told in answer["error"]["detail"]
+            code, reason = ending(socket)
+            assert code == 4422
+            assert reason
+            assert answer["error"]["detail"].startswith(reason)
+        bystander.send(pcm16(160))
+        assert len(audio(bystander)) == 320
+
+
+def test_a_message_over_the_limit_ends_the_stream(service: Service) -> None:
+    before = service.metric('percepnet_streams_total{outcome="too_large"}')
+    with service.stream() as socket:
+        socket.send(bytes((1 << 20) + 2))
+        assert ending(socket)[0] == 1009
+    service.wait_for('percepnet_streams_total{outcome="too_large"}', before + 1)
+
+
+def test_one_stream_too_many_is_told_and_places_come_back(service: Service) -> None:
+    service.wait_for("percepnet_streams_active", 0)
+    with ExitStack() as held:
+        for _ in range(4):
+            held.enter_context(service.stream())
+        with service.connect() as socket:
+            send(socket, config=CONFIG)
+            assert text(socket)["error"]["code"] == "busy"
+            assert ending(socket) == (4503, "all 4 live streams of this server are taken")
+    service.wait_for("percepnet_streams_active", 0)
+
+
+def test_only_the_known_subprotocol_is_accepted(service: Service) -> None:
+    with service.connect(subprotocols=["other", "percepnet.v1"]) as socket:
+        assert socket.subprotocol == "percepnet.v1"
+    with service.connect() as socket:
+        assert socket.subprotocol is None
+
+
+def test_a_caller_that_vanishes_leaves_nothing_behind(service: Service) -> None:
+    before = service.metric('percepnet_streams_total{outcome="client_gone"}')
+    for abruptly in (True, False):
+        with service.stream() as socket:
+            socket.send(pcm16(100))
+            if abruptly:
+                socket.socket.close()
+    service.wait_for('percepnet_streams_total{outcome="client_gone"}', before + 2)
+    service.wait_for("percepnet_streams_active", 0)
+
+
+def test_silence_is_ended(enhancer: Enhancer) -> None:
+    with serving(enhancer, stream_idle_seconds=0.4) as service, service.connect() as unopened:
+        with service.stream() as silent:
+            assert text(silent)["error"] == {"code": "idle", "detail": "nothing was sent for 0.4 s"}
+            assert ending(silent) == (4408, "nothing was sent for 0.4 s")
+        assert ending(unopened)[0] == 4408
+
+
+def test_a_caller_that_does_not_read_is_held_up_and_given_up(enhancer: Enhancer) -> None:
+    """Its audio stops being taken after the queue and the buffers are full; its place is free again."""
+    choices = {"stream_idle_seconds": 0.6, "stream_queue_seconds": 0.5}
+    with serving(enhancer, **choices) as service, service.connect(max_queue=1, close_timeout=0) as socket:
+        send(socket, config=CONFIG | {"encoding": "ENCODING_F32LE"})
+        socket.socket.settimeout(0.5)
+        with pytest.raises((TimeoutError, ConnectionClosed, OSError)):
+            speak_on(socket)
+        service.wait_for("percepnet_streams_active", 0)
+        assert service.metric('percepnet_streams_total{outcome="slow_reader"}') == 1
+        assert service.metric("percepnet_stream_audio_seconds_total") < 600
+
+
+def test_stopping_tells_live_streams_and_lets_them_end(enhancer: Enhancer) -> None:
+    with serving(enhancer, shutdown_grace_seconds=TIMEOUT_SECONDS) as service:
+        with service.stream() as socket, service.connect() as unopened:
+            service.server.should_exit = True
+            assert ending(unopened)[0] == 4503
+            socket.send(pcm16(160))
+            assert text(socket)["audio"]["draining"]
+            assert len(audio(socket)) == 320
+            socket.send(pcm16(160))
+            assert len(audio(socket)) == 320
+            send(socket, end={})
+            assert text(socket)["audio"]["flushed"]
+            assert audio(socket)
+            assert ending(socket) == (1000, "")
+        with pytest.raises(OSError, match=r"refused|reset"):
+            service.connect()
+
+
+def test_a_stream_that_outlives_the_grace_is_told(enhancer: Enhancer) -> None:
+    with serving(enhancer, shutdown_grace_seconds=0.3) as service, service.stream() as socket:
+        started = time.monotonic()
+        service.server.should_exit = True
+        assert ending(socket)[0] == 4503
+        assert time.monotonic() - started < TIMEOUT_SECONDS
+
+
+def test_a_stream_leaves_two_lines_that_keep_the_trace(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with caplog.at_level(logging.INFO, "percepnet.service"):
+        with service.connect(additional_headers={"traceparent": trace}) as socket:
+            send(socket, config=CONFIG)
+            send(socket, end={})
+            assert ending(socket)[0] == 1000
+        lines = [record for record in caplog.records if getattr(record, "fields", {}).get("traceparent")]
+    assert [line.getMessage() for line in lines] == ["stream opened", "stream closed"]
