@@ -1,6 +1,7 @@
 """uvicorn's connections, and what this service needs beyond: who is at the other end, and when to end."""
 
 import asyncio
+import socket
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,8 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 MAX_MESSAGE_BYTES = 1024 * 1024
 """Of a WebSocket: above all that is accepted, so that what is a little too long gets a declared error."""
+
+_SEND_BUFFER_BYTES = 128 * 1024  # two thirds of a second at most, more than is under way on any healthy line
 
 
 class _Http(H11Protocol):
@@ -49,7 +52,14 @@ class _Http(H11Protocol):
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
-    """A WebSocket that is not cut when the server is told to stop: `Streams` lets it end, or tells it to."""
+    """A WebSocket that is not cut when the server is told to stop: `Streams` lets it end, or tells it to.
+
+    The system holds little of what its caller does not read, or it would take minutes to notice that.
+    """
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
 
     def shutdown(self) -> None:
         if self.close_sent or not self.handshake_complete:

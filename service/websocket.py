@@ -27,8 +27,8 @@ CLOSE_CODES_FROM = 4000
 _OK = 1000
 _TOO_BIG = 1009  # what the WebSocket layer closes with when a message is over the limit
 _REASON_BYTES = 123  # that a close frame may hold
-_GOODBYE_SECONDS = 5
-"""For a caller to take what it is told in the end; then the connection is cut."""
+_GOODBYE_SECONDS = 2
+"""For a caller to take what it is told in the end; then its connection is cut."""
 
 
 async def serve(websocket: WebSocket, streams: Streams, access: Access) -> None:
@@ -43,11 +43,12 @@ async def serve(websocket: WebSocket, streams: Streams, access: Access) -> None:
         return
     except Exception as error:
         ending = wire.fail(error)
-    loop = asyncio.get_running_loop()
-    with suppress(ClientGoneError, TimeoutError):
-        async with asyncio.timeout(_GOODBYE_SECONDS):
-            await ending
-    loop.call_later(_GOODBYE_SECONDS, websocket.state.transport.abort)  # if it is still there
+    transport = websocket.state.transport
+    asyncio.get_running_loop().call_later(
+        _GOODBYE_SECONDS, transport.abort
+    )  # nothing happens if it is closed
+    with suppress(ClientGoneError):
+        await ending
 
 
 class _Wire:

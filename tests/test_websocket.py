@@ -6,6 +6,7 @@ code.
 
 import json
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,7 @@ class Service:
         self.server = server
         host, port = server.servers[0].sockets[0].getsockname()
         self.url = f"ws://{host}:{port}/v1/stream"
+        self.address = host, port
         self.http = f"http://{host}:{port}"
 
     def connect(self, **choices: Any) -> ClientConnection:
@@ -42,10 +44,10 @@ class Service:
     @contextmanager
     def stream(self, **config: Any) -> Iterator[ClientConnection]:
         """A connection whose config was sent and answered."""
-        with self.connect() as socket:
-            send(socket, config=CONFIG | config)
-            assert "started" in text(socket)
-            yield socket
+        with self.connect() as call:
+            send(call, config=CONFIG | config)
+            assert "started" in text(call)
+            yield call
 
     def metric(self, name: str) -> float:
         lines = httpx.get(f"{self.http}/metrics", timeout=TIMEOUT_SECONDS).text.splitlines()
@@ -55,36 +57,36 @@ class Service:
         eventually(lambda: self.metric(name) == value, f"{name} = {value}")
 
 
-def send(socket: ClientConnection, **message: Any) -> None:
-    socket.send(json.dumps(message))
+def send(call: ClientConnection, **message: Any) -> None:
+    call.send(json.dumps(message))
 
 
-def text(socket: ClientConnection) -> dict[str, Any]:
-    message = socket.recv(timeout=TIMEOUT_SECONDS)
+def text(call: ClientConnection) -> dict[str, Any]:
+    message = call.recv(timeout=TIMEOUT_SECONDS)
     assert isinstance(message, str)
     return json.loads(message)
 
 
-def audio(socket: ClientConnection) -> bytes:
-    message = socket.recv(timeout=TIMEOUT_SECONDS)
+def audio(call: ClientConnection) -> bytes:
+    message = call.recv(timeout=TIMEOUT_SECONDS)
     assert isinstance(message, bytes)
     return message
 
 
-def read_on(socket: ClientConnection) -> None:
+def read_on(call: ClientConnection) -> None:
     while True:
-        socket.recv(timeout=TIMEOUT_SECONDS)
+        call.recv(timeout=TIMEOUT_SECONDS)
 
 
-def speak_on(socket: ClientConnection) -> None:
+def speak_on(call: ClientConnection) -> None:
     while True:
-        socket.send(bytes(4 * RATE))
+        call.send(bytes(4 * RATE))
 
 
-def ending(socket: ClientConnection) -> tuple[int, str]:
+def ending(call: ClientConnection) -> tuple[int, str]:
     """The code and the reason that a connection is closed with."""
     with pytest.raises(ConnectionClosed) as closed:
-        read_on(socket)
+        read_on(call)
     assert closed.value.rcvd is not None
     return closed.value.rcvd.code, closed.value.rcvd.reason
 
@@ -120,42 +122,42 @@ def enhanced(data: bytes, enhancer: Enhancer) -> np.ndarray:
 def test_a_stream_is_the_offline_result(service: Service, enhancer: Enhancer) -> None:
     data = pcm16(3_217)
     output = []
-    with service.connect() as socket:
-        send(socket, config=CONFIG)
-        started = text(socket)["started"]
+    with service.connect() as call:
+        send(call, config=CONFIG)
+        started = text(call)["started"]
         assert started["model_name"] == "random"
         assert started["config"]["parameters"] == {"mix": 1.0, "postfilter": True}
         for start in range(0, len(data), 320):
-            socket.send(data[start : start + 320])
-            output.append(audio(socket))
+            call.send(data[start : start + 320])
+            output.append(audio(call))
             assert len(output[-1]) == len(data[start : start + 320])
-        send(socket, end={})
-        last = text(socket)["audio"]
+        send(call, end={})
+        last = text(call)["audio"]
         assert last["flushed"]
         assert isinstance(last["position"], int)
-        output.append(audio(socket))
-        assert ending(socket) == (1000, "")
+        output.append(audio(call))
+        assert ending(call) == (1000, "")
     delay = started["delay_samples"]
     samples = np.frombuffer(b"".join(output), "<i2")[delay:]
     np.testing.assert_array_equal(samples, enhanced(data, enhancer))
 
 
 def test_parameters_flushes_and_reports_come_as_texts(service: Service) -> None:
-    with service.stream(compensate_delay=True, report=True) as socket:
-        socket.send(pcm16(1_600))
-        described = text(socket)["audio"]
+    with service.stream(compensate_delay=True, report=True) as call:
+        call.send(pcm16(1_600))
+        described = text(call)["audio"]
         assert described["position"] == 0
         assert 0 < described["report"]["mean_gain"] <= 1
-        first = audio(socket)
-        send(socket, flush={})
-        assert text(socket)["audio"]["flushed"]
-        assert len(first) + len(audio(socket)) == 3_200
-        send(socket, parameters={"mix": 0})
-        assert text(socket) == {"parameters": {"parameters": {"mix": 0.0, "postfilter": True}, "position": 0}}
-        send(socket, end={})
-        assert text(socket)["audio"]["flushed"]
-        assert audio(socket) == b""
-        assert ending(socket) == (1000, "")
+        first = audio(call)
+        send(call, flush={})
+        assert text(call)["audio"]["flushed"]
+        assert len(first) + len(audio(call)) == 3_200
+        send(call, parameters={"mix": 0})
+        assert text(call) == {"parameters": {"parameters": {"mix": 0.0, "postfilter": True}, "position": 0}}
+        send(call, end={})
+        assert text(call)["audio"]["flushed"]
+        assert audio(call) == b""
+        assert ending(call) == (1000, "")
 
 
 @pytest.mark.parametrize(
@@ -184,15 +186,15 @@ def test_a_wrong_message_is_told_and_harms_no_other_stream(
     with service.stream() as bystander:
         bystander.send(pcm16(333))
         assert len(audio(bystander)) == 666
-        with service.connect() as socket:
+        with service.connect() as call:
             for message in messages:
-                socket.send(json.dumps(message) if isinstance(message, dict) else message)
-            answer = text(socket)
+                call.send(json.dumps(message) if isinstance(message, dict) else message)
+            answer = text(call)
             if "started" in answer:
-                answer = text(socket)
+                answer = text(call)
             assert answer["error"]["code"] == "bad_parameter"
             assert told in answer["error"]["detail"]
-            code, reason = ending(socket)
+            code, reason = ending(call)
             assert code == 4422
             assert reason
             assert answer["error"]["detail"].startswith(reason)
@@ -202,9 +204,9 @@ def test_a_wrong_message_is_told_and_harms_no_other_stream(
 
 def test_a_message_over_the_limit_ends_the_stream(service: Service) -> None:
     before = service.metric('percepnet_streams_total{outcome="too_large"}')
-    with service.stream() as socket:
-        socket.send(bytes((1 << 20) + 2))
-        assert ending(socket)[0] == 1009
+    with service.stream() as call:
+        call.send(bytes((1 << 20) + 2))
+        assert ending(call)[0] == 1009
     service.wait_for('percepnet_streams_total{outcome="too_large"}', before + 1)
 
 
@@ -213,27 +215,27 @@ def test_one_stream_too_many_is_told_and_places_come_back(service: Service) -> N
     with ExitStack() as held:
         for _ in range(4):
             held.enter_context(service.stream())
-        with service.connect() as socket:
-            send(socket, config=CONFIG)
-            assert text(socket)["error"]["code"] == "busy"
-            assert ending(socket) == (4503, "all 4 live streams of this server are taken")
+        with service.connect() as call:
+            send(call, config=CONFIG)
+            assert text(call)["error"]["code"] == "busy"
+            assert ending(call) == (4503, "all 4 live streams of this server are taken")
     service.wait_for("percepnet_streams_active", 0)
 
 
 def test_only_the_known_subprotocol_is_accepted(service: Service) -> None:
-    with service.connect(subprotocols=["other", "percepnet.v1"]) as socket:
-        assert socket.subprotocol == "percepnet.v1"
-    with service.connect() as socket:
-        assert socket.subprotocol is None
+    with service.connect(subprotocols=["other", "percepnet.v1"]) as call:
+        assert call.subprotocol == "percepnet.v1"
+    with service.connect() as call:
+        assert call.subprotocol is None
 
 
 def test_a_caller_that_vanishes_leaves_nothing_behind(service: Service) -> None:
     before = service.metric('percepnet_streams_total{outcome="client_gone"}')
     for abruptly in (True, False):
-        with service.stream() as socket:
-            socket.send(pcm16(100))
+        with service.stream() as call:
+            call.send(pcm16(100))
             if abruptly:
-                socket.socket.close()
+                call.socket.close()
     service.wait_for('percepnet_streams_total{outcome="client_gone"}', before + 2)
     service.wait_for("percepnet_streams_active", 0)
 
@@ -249,39 +251,43 @@ def test_silence_is_ended(enhancer: Enhancer) -> None:
 def test_a_caller_that_does_not_read_is_held_up_and_given_up(enhancer: Enhancer) -> None:
     """Its audio stops being taken after the queue and the buffers are full; its place is free again."""
     choices = {"stream_idle_seconds": 0.6, "stream_queue_seconds": 0.5}
-    with serving(enhancer, **choices) as service, service.connect(max_queue=1, close_timeout=0) as socket:
-        send(socket, config=CONFIG | {"encoding": "ENCODING_F32LE"})
-        socket.socket.settimeout(0.5)
-        with pytest.raises((TimeoutError, ConnectionClosed, OSError)):
-            speak_on(socket)
+    narrow = socket.socket()  # whose buffers fill soon
+    for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        narrow.setsockopt(socket.SOL_SOCKET, buffer, 4_096)
+    with serving(enhancer, **choices) as service:
+        narrow.connect(service.address)
+        with service.connect(sock=narrow, max_queue=1, close_timeout=0) as caller:
+            send(caller, config=CONFIG | {"encoding": "ENCODING_F32LE"})
+            with pytest.raises(ConnectionClosed):
+                speak_on(caller)
         service.wait_for("percepnet_streams_active", 0)
         assert service.metric('percepnet_streams_total{outcome="slow_reader"}') == 1
-        assert service.metric("percepnet_stream_audio_seconds_total") < 600
+        assert service.metric("percepnet_stream_audio_seconds_total") < 100
 
 
 def test_stopping_tells_live_streams_and_lets_them_end(enhancer: Enhancer) -> None:
     with serving(enhancer, shutdown_grace_seconds=TIMEOUT_SECONDS) as service:
-        with service.stream() as socket, service.connect() as unopened:
+        with service.stream() as call, service.connect() as unopened:
             service.server.should_exit = True
             assert ending(unopened)[0] == 4503
-            socket.send(pcm16(160))
-            assert text(socket)["audio"]["draining"]
-            assert len(audio(socket)) == 320
-            socket.send(pcm16(160))
-            assert len(audio(socket)) == 320
-            send(socket, end={})
-            assert text(socket)["audio"]["flushed"]
-            assert audio(socket)
-            assert ending(socket) == (1000, "")
+            call.send(pcm16(160))
+            assert text(call)["audio"]["draining"]
+            assert len(audio(call)) == 320
+            call.send(pcm16(160))
+            assert len(audio(call)) == 320
+            send(call, end={})
+            assert text(call)["audio"]["flushed"]
+            assert audio(call)
+            assert ending(call) == (1000, "")
         with pytest.raises(OSError, match=r"refused|reset"):
             service.connect()
 
 
 def test_a_stream_that_outlives_the_grace_is_told(enhancer: Enhancer) -> None:
-    with serving(enhancer, shutdown_grace_seconds=0.3) as service, service.stream() as socket:
+    with serving(enhancer, shutdown_grace_seconds=0.3) as service, service.stream() as call:
         started = time.monotonic()
         service.server.should_exit = True
-        assert ending(socket)[0] == 4503
+        assert ending(call)[0] == 4503
         assert time.monotonic() - started < TIMEOUT_SECONDS
 
 
@@ -290,9 +296,9 @@ def test_a_stream_leaves_two_lines_that_keep_the_trace(
 ) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     with caplog.at_level(logging.INFO, "percepnet.service"):
-        with service.connect(additional_headers={"traceparent": trace}) as socket:
-            send(socket, config=CONFIG)
-            send(socket, end={})
-            assert ending(socket)[0] == 1000
+        with service.connect(additional_headers={"traceparent": trace}) as call:
+            send(call, config=CONFIG)
+            send(call, end={})
+            assert ending(call)[0] == 1000
         lines = [record for record in caplog.records if getattr(record, "fields", {}).get("traceparent")]
     assert [line.getMessage() for line in lines] == ["stream opened", "stream closed"]
