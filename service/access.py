@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 from starlette.requests import HTTPConnection
 
+from service import keys
 from service.callers import Caller, Quota
 from service.errors import UnauthenticatedError
-from service.keys import Keys
 from service.settings import Settings
 from service.tls import Tls
+from service.watched import Watched
 
 
 class Access:
@@ -19,7 +20,9 @@ class Access:
 
     def __init__(self, settings: Settings) -> None:
         self.tls = Tls.of(settings)
-        self._keys = Keys(settings.api_keys, settings.api_keys_file)
+        self._keys = settings.api_keys
+        file = settings.api_keys_file
+        self._key_file = None if file is None else Watched([file], lambda: keys.parse(file.read_text()))
         self.files = Quota(settings.max_requests_per_key, "files with one API key")
         self.streams = Quota(settings.max_streams_per_key, "live streams with one API key")
         self.connection_streams = Quota(
@@ -28,7 +31,7 @@ class Access:
 
     def caller(self, peer: str, headers: Mapping[str, str]) -> Caller:
         """Who sends a request with these headers, names in lower case; raises UnauthenticatedError."""
-        return Caller.of(peer, self._keys.name_for(headers), headers)
+        return Caller.of(peer, self._key_name(headers), headers)
 
     def http_caller(self, connection: HTTPConnection, headers: Mapping[str, str] | None = None) -> Caller:
         """Who sends a request over HTTP; raises UnauthenticatedError. headers: in place of the request's."""
@@ -39,3 +42,18 @@ class Access:
         client = connection.client
         peer = f"{client.host}:{client.port}" if client else "unknown"
         return self.caller(peer, connection.headers if headers is None else headers)
+
+    def _key_name(self, headers: Mapping[str, str]) -> str | None:
+        """The name of the key that came; None if none is wanted."""
+        entries = self._keys + (() if self._key_file is None else self._key_file.value)
+        if not entries:
+            return None
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")
+        if not key:
+            raise UnauthenticatedError("no API key came; send authorization: Bearer KEY, or x-api-key: KEY")
+        name = keys.find(entries, key.strip())
+        if name is None:
+            raise UnauthenticatedError("the API key is not known here")
+        return name

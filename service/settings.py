@@ -69,8 +69,8 @@ def _log_level(text: str) -> str:
 def _meaning(
     parse: Callable[[str], Any], meaning: str, *, unset: str = "none", secret: bool = False
 ) -> dict[str, Any]:
-    """unset: what no value means, in words. secret: in the environment only, since flags are seen by every user
-    of the machine, and in no message."""
+    """unset: what no value means, in words. secret: no flag, which all on the machine can see, and in no
+    message."""
     return {"parse": parse, "meaning": meaning, "unset": unset, "secret": secret}
 
 
