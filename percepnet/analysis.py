@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from percepnet import comb, features, pitch, stft
-from percepnet.bands import band_energy
+from percepnet.bands import correlation, power, to_bands
 from percepnet.constants import HOP, LOOKAHEAD_FRAMES, N_BANDS, N_BINS, WINDOW
 
 _HISTORY = comb.REACH + WINDOW + comb.LOOKAHEAD - HOP
@@ -65,18 +65,21 @@ def analyze(samples: np.ndarray, state: AnalysisState) -> tuple[Analysis, Analys
     heard = np.concatenate([state.samples, samples], axis=-1)
 
     passages = stft.windows(heard, pitch.PASSAGE, start=_HISTORY + HOP - pitch.PASSAGE)
-    correlation = pitch.correlate(passages)
-    period, strength, pitch_state = pitch.track(correlation, state.pitch)
+    period, strength, pitch_state = pitch.track(pitch.correlate(passages), state.pitch)
 
     newest = stft.windows(heard, WINDOW, start=_HISTORY - HOP)
     filtered = comb.filter_frames(heard, period)
     spectra, comb_spectra = both = stft.forward(np.array([newest, filtered]))
-    energies, comb_energies = band_energy(both)
-
     all_spectra = np.concatenate([state.spectra, spectra], axis=1)
+    noisy = all_spectra[:, :n_frames]
+
+    bins = np.empty((3, *spectra.shape), np.float32)
+    power(both, out=bins[:2])
+    correlation(comb_spectra, noisy, out=bins[2])
+    energies, comb_energies, correlations = to_bands(bins)
     all_energies = np.concatenate([state.energies, energies], axis=1)
-    noisy, energy = all_spectra[:, :n_frames], all_energies[:, :n_frames]
-    coherences = features.coherence(comb_spectra, noisy, comb_energies, energy)
+    energy = all_energies[:, :n_frames]
+    coherences = features.normalized_correlation(correlations, comb_energies, energy)
 
     result = Analysis(
         noisy=noisy,
@@ -87,8 +90,5 @@ def analyze(samples: np.ndarray, state: AnalysisState) -> tuple[Analysis, Analys
         correlation=strength,
     )
     return result, AnalysisState(
-        heard[:, -_HISTORY:].copy(),
-        all_spectra[:, n_frames:].copy(),
-        all_energies[:, n_frames:].copy(),
-        pitch_state,
+        heard[:, -_HISTORY:], all_spectra[:, n_frames:], all_energies[:, n_frames:], pitch_state
     )

@@ -15,8 +15,14 @@ def coherence(comb: np.ndarray, noisy: np.ndarray, comb_energy: np.ndarray, ener
     comb, noisy: spectra (…, 481) complex64; comb_energy, energy: their band energies (…, 34). Returns float32
     (…, 34). [P] equation 5.
     """
-    norm = np.sqrt(comb_energy * energy) + np.float32(1e-12)
-    return (band_correlation(comb, noisy) / norm).clip(0, 1)
+    return normalized_correlation(band_correlation(comb, noisy), comb_energy, energy)
+
+
+def normalized_correlation(correlation: np.ndarray, energy_a: np.ndarray, energy_b: np.ndarray) -> np.ndarray:
+    """Inner products of two signals by the root of their energies, clamped to [0, 1]; all (…, 34) float32."""
+    norm = np.sqrt(energy_a * energy_b)
+    norm += np.float32(1e-12)
+    return (correlation / norm).clip(0, 1)
 
 
 def assemble(

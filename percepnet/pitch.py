@@ -94,7 +94,7 @@ def correlate(passages: np.ndarray) -> np.ndarray:
     return correlation[..., lags] / (energy * _WINDOW_CORRELATION[lags])
 
 
-def _advance(scores: np.ndarray, local: np.ndarray) -> np.ndarray:
+def _advance(scores: np.ndarray, local: np.ndarray, out: np.ndarray) -> None:
     """One Viterbi step for every stream: the best way to each period, plus its own score."""
     rising = np.maximum.accumulate(scores + _POSITION, axis=-1)
     rising -= _POSITION
@@ -103,8 +103,7 @@ def _advance(scores: np.ndarray, local: np.ndarray) -> np.ndarray:
     arriving = np.maximum(rising, falling, out=rising)
     np.maximum(arriving, -_JUMP_COST, out=arriving)
     arriving += local
-    arriving -= arriving.max(axis=-1, keepdims=True)
-    return arriving
+    np.subtract(arriving, arriving.max(axis=-1, keepdims=True), out=out)
 
 
 def track(correlation: np.ndarray, state: PitchState) -> tuple[np.ndarray, np.ndarray, PitchState]:
@@ -118,12 +117,12 @@ def track(correlation: np.ndarray, state: PitchState) -> tuple[np.ndarray, np.nd
     scores = np.empty((len(correlation), n_frames + 1, _N_PERIODS), np.float32)
     scores[:, 0] = state.scores
     for frame in range(n_frames):
-        scores[:, frame + 1] = _advance(scores[:, frame], local[:, frame])
+        _advance(scores[:, frame], local[:, frame], out=scores[:, frame + 1])
     last = scores[:, 1:].argmax(axis=-1)
     before = (scores[:, :-1] - _TRANSITION[last]).argmax(axis=-1)
     delayed = np.concatenate([state.correlation[:, None], correlation], axis=1)
     period, strength = _refine(delayed[:, :-1], before)
-    return period, strength, PitchState(scores[:, -1].copy(), delayed[:, -1].copy())
+    return period, strength, PitchState(scores[:, -1], delayed[:, -1])
 
 
 def _refine(correlation: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

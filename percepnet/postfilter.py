@@ -12,8 +12,7 @@ def sharpen(gains: np.ndarray, energy: np.ndarray) -> np.ndarray:
     Returns the new amplitude gains (…, 34) float32. [P] equations 10 to 12.
     """
     warped = gains * np.sin(np.pi / 2 * gains)
-    plain_energy = (gains**2 * energy).sum(axis=-1, keepdims=True)
-    warped_energy = (warped**2 * energy).sum(axis=-1, keepdims=True)
-    tiny = np.float32(1e-20)
-    ratio = (plain_energy + tiny) / (warped_energy + tiny)
+    amplitudes = np.array([gains, warped])
+    plain_energy, warped_energy = (amplitudes**2 * energy).sum(axis=-1, keepdims=True) + np.float32(1e-20)
+    ratio = plain_energy / warped_energy
     return warped * np.sqrt((1 + _BETA) * ratio / (1 + _BETA * ratio**2))

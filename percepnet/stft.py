@@ -41,7 +41,9 @@ def inverse(spectrum: np.ndarray, overlap: np.ndarray) -> tuple[np.ndarray, np.n
     """
     frames = scipy.fft.irfft(spectrum, WINDOW)
     frames *= VORBIS_WINDOW
-    samples = frames[..., :HOP].copy()
-    samples[:, 0] += overlap
-    samples[:, 1:] += frames[:, :-1, HOP:]
-    return samples.reshape(len(samples), -1), frames[:, -1, HOP:].copy()
+    n_streams, n_frames, _ = frames.shape
+    samples = np.empty((n_streams, n_frames, HOP), np.float32)
+    np.add(frames[:, 0, :HOP], overlap, out=samples[:, 0])
+    if n_frames > 1:
+        np.add(frames[:, 1:, :HOP], frames[:, :-1, HOP:], out=samples[:, 1:])
+    return samples.reshape(n_streams, -1), frames[:, -1, HOP:]
