@@ -3,6 +3,7 @@
 A state is an array with one row per stream, or a dataclass or a dictionary of states.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import TypeVar, cast
 
@@ -10,11 +11,20 @@ import numpy as np
 
 State = TypeVar("State")
 
+Rows = np.ndarray | slice
+"""Which rows: int (n,), each once, or a slice."""
 
-def take(state: State, rows: np.ndarray) -> State:
-    """A copy of some rows; rows: int (n,)."""
+
+def select(rows: Sequence[int]) -> Rows:
+    """Ascending row numbers as an index: a slice if they lie side by side."""
+    first, end = rows[0], rows[-1] + 1
+    return slice(first, end) if end - first == len(rows) else np.array(rows)
+
+
+def take(state: State, rows: Rows) -> State:
+    """Some rows: a view of those of a slice, else a copy."""
     if isinstance(state, np.ndarray):
-        return cast(State, state.take(rows, axis=0))
+        return cast(State, state[rows])
     if isinstance(state, dict):
         return cast(State, {name: take(part, rows) for name, part in state.items()})
     assert is_dataclass(state)
@@ -22,8 +32,8 @@ def take(state: State, rows: np.ndarray) -> State:
     return replace(state, **{field.name: take(getattr(state, field.name), rows) for field in fields(state)})
 
 
-def put(state: State, rows: np.ndarray, values: State) -> None:
-    """Overwrite some rows in place; rows: int (n,), each once; values: a state of n rows, or of one."""
+def put(state: State, rows: Rows, values: State) -> None:
+    """Overwrite some rows in place; values: a state of as many rows, or of one."""
     if isinstance(state, np.ndarray):
         state[rows] = values
     elif isinstance(state, dict):

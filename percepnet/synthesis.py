@@ -43,8 +43,8 @@ class Controls:
 class FrameControls:
     """Controls that differ between streams and move from frame to frame.
 
-    wet: share of the enhanced spectrum, float32 in [0, 1], (streams, frames).
-    sharpening: share of the postfiltered gains, the rest is plain; float32 in [0, 1], (streams, frames).
+    wet: share of the enhanced spectrum, float32 in [0, 1], (streams, frames), or 1 for all on either axis.
+    sharpening: share of the postfiltered gains, the rest is plain; float32 in [0, 1], like `wet`.
     """
 
     wet: np.ndarray
@@ -84,7 +84,7 @@ def synthesize(
 
 def _blend(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:
     """From `start` (share 0) to `end` (share 1), both reached exactly whatever the other frames' shares."""
-    if (share == 1).all():
+    if share.min() == 1:
         return end
     share = share[..., np.newaxis]
     blended = start + share * (end - start)

@@ -298,7 +298,7 @@ class Engine:
         """Put a session's memory back to the beginning of a passage; frames that wait are dropped."""
         self._ready.pop(session, None)
         self._rest()
-        rows.put(self._state, np.array([session.row]), self._nothing_heard)
+        rows.put(self._state, rows.select([session.row]), self._nothing_heard)
         self._now[:, session.row] = self._aim[:, session.row]
 
     def expect(self, session: Session) -> None:
@@ -331,7 +331,8 @@ class Engine:
         self.cpu.dsp += time.thread_time() - started - network
 
     def _enhance(self, sessions: list[Session], n_frames: int) -> None:
-        index = np.array([session.row for session in sessions])
+        sessions = sorted(sessions, key=lambda session: session.row)
+        index = rows.select([session.row for session in sessions])
         samples = np.stack([session.take_frames(n_frames) for session in sessions])
         wet, sharpening = self._ramp(index, n_frames)
         enhanced, findings, state = self._enhancer.process_and_report(
@@ -343,9 +344,11 @@ class Engine:
             report = found[:, i] if found is not None and session.options.report else None
             session.deliver(enhanced[i], report)
 
-    def _ramp(self, index: np.ndarray, n_frames: int) -> np.ndarray:
-        """The parameters of the next frames, float32 (2, streams, frames)."""
+    def _ramp(self, index: rows.Rows, n_frames: int) -> np.ndarray:
+        """The parameters of the next frames, float32 (2, streams, frames); (2, streams, 1) if they stay."""
         now, aim = self._now[:, index, np.newaxis], self._aim[:, index, np.newaxis]
+        if (now == aim).all():
+            return aim
         reach = np.arange(1, n_frames + 1, dtype=np.float32) / np.float32(RAMP_FRAMES)
         frames = np.where(np.abs(aim - now) <= reach, aim, now + np.copysign(reach, aim - now))
         self._now[:, index] = frames[..., -1]

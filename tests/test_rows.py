@@ -44,3 +44,16 @@ def test_one_row_can_fill_many() -> None:
     state = numbered(3)
     rows.put(state, np.array([0, 2]), rows.take(state, np.array([1])))
     assert state.inner.counts.tolist() == [1, 1, 1]
+
+
+def test_rows_side_by_side_are_viewed_and_others_copied() -> None:
+    state = numbered(5)
+    assert rows.select([3]) == slice(3, 4)
+    assert rows.select([1, 2, 3]) == slice(1, 4)
+    assert rows.select([0, 2, 3]).tolist() == [0, 2, 3]
+    side_by_side = rows.take(state, rows.select([1, 2, 3]))
+    assert side_by_side.inner.counts.tolist() == [1, 2, 3]
+    assert np.shares_memory(side_by_side.named["a"], state.named["a"])
+    rows.put(state, rows.select([1, 2, 3]), Outer({"a": np.full((3, 3), 7.0)}, Inner(np.array([10, 20, 30]))))
+    assert state.inner.counts.tolist() == [0, 10, 20, 30, 4]
+    assert state.named["a"][:, 0].tolist() == [0, 7, 7, 7, 12]
