@@ -12,16 +12,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from percepnet.enhancer import Enhancer
 from percepnet.errors import ParameterError
 from percepnet.stream import enhance
-from service import messages, pcm
+from service import maxine, messages, pcm
 from service.access import Access
 from service.callers import Caller
 from service.errors import BusyError, ClientGoneError, StoppingError, UnauthenticatedError, answer_for, told
+from service.files import Files
 from service.health import Health
 from service.jobs import Checkpoint, FileJobs
 from service.logs import logger
+from service.maxine import Maxine
 from service.messages import pb
 from service.settings import Settings
 from service.streams import Streams
@@ -53,15 +54,16 @@ _known: ContextVar[Caller] = ContextVar("_known")  # gRPC keeps it from the inte
 class GrpcServer:
     """The gRPC side of one process; all methods are called on the event loop.
 
-    settings: where to listen. access: who may call. clips: enhances clips; stands back.
+    settings: where to listen. access: who may call. files: work that stands back.
     """
 
-    def __init__(self, settings: Settings, access: Access, streams: Streams, clips: Enhancer) -> None:
+    def __init__(self, settings: Settings, access: Access, streams: Streams, files: Files) -> None:
         self._settings = settings
         self._access = access
-        self._clip_enhancer = clips
+        self._clip_enhancer = files.enhancer
         self._streams = streams
         self._engine = streams.engine
+        self._maxine = Maxine(streams, files)
         self._jobs = FileJobs(1, MAX_CLIPS)
         self._board = streams.metrics.board
         self._health = health_aio.HealthServicer()
@@ -72,7 +74,7 @@ class GrpcServer:
         self._streams.start(lambda: state.stopping)
         self._ticker = Ticker(self._engine)
         await self._listen()
-        for service in ("", SERVICE):
+        for service in ("", SERVICE, maxine.SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     async def _listen(self) -> None:
@@ -82,7 +84,12 @@ class GrpcServer:
         server = grpc.aio.server(options=(*_OPTIONS, shared), interceptors=[_Gate(self._access)])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
-            (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
+            (
+                SERVICE,
+                maxine.SERVICE,
+                health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+                reflection.SERVICE_NAME,
+            ),
             server,
         )
         # Bytes in and out: what does not parse is then ours to answer.
@@ -91,7 +98,11 @@ class GrpcServer:
             "EnhanceClip": grpc.unary_unary_rpc_method_handler(self._enhance_clip),
             "GetStatus": grpc.unary_unary_rpc_method_handler(self._get_status),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        enhance_audio = {"EnhanceAudio": grpc.stream_stream_rpc_method_handler(self._enhance_audio)}
+        services = {SERVICE: handlers, **dict.fromkeys(maxine.SERVICES, enhance_audio)}
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(*service) for service in services.items()]
+        )
         address, tls = str(self._settings.grpc_listen), self._access.tls
         if tls is None:
             self.port = server.add_insecure_port(address)
@@ -103,13 +114,16 @@ class GrpcServer:
     async def stop(self) -> None:
         """Stop being healthy, let live streams end within the grace, cut off those that remain."""
         await self._health.enter_graceful_shutdown()
-        await self._streams.stop()
+        await asyncio.gather(self._streams.stop(), self._maxine.stop())
         await self._server.stop(1)
         self._ticker.close()
         await self._jobs.close()
 
     async def _enhance_stream(self, _: Any, context: grpc.aio.ServicerContext) -> None:
         await _guard(context, self._streams.converse(_GrpcWire(context), _caller(context)))
+
+    async def _enhance_audio(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+        await _guard(context, self._maxine.enhance_audio(context, _caller(context)))
 
     async def _enhance_clip(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return (await _guard(context, self._clip(data, _caller(context)))).SerializeToString()

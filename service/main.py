@@ -17,6 +17,7 @@ from service.access import Access
 from service.behind_live import BehindLive
 from service.board import Board
 from service.engine import Engine
+from service.files import Files
 from service.grpc_server import GrpcServer
 from service.health import Health
 from service.metrics import Metrics
@@ -47,7 +48,7 @@ class Server(uvicorn.Server):
         self._board.mine.capacity = engine.capacity
         metrics.queue_frames.set_function(lambda: engine.queued_frames)
         access = Access(settings)
-        files = BehindLive(enhancer, engine)
+        files = Files(settings, access, BehindLive(enhancer, engine), metrics)
         streams = Streams(settings, access, engine, enhancer.model.manifest, metrics)
         self.grpc = GrpcServer(settings, access, streams, files)
         super().__init__(

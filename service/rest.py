@@ -1,23 +1,18 @@
 """The HTTP interface: a file in, the enhanced file out, and what describes the service."""
 
 import asyncio
-import math
-import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response, Security, WebSocket
 from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from percepnet.audio import AudioReader
 from percepnet.constants import LATENCY_SAMPLES, SAMPLE_RATE
-from percepnet.enhancer import Enhancer
-from percepnet.stream import Summary, enhance_file
 from service import download, health, upload
 from service import websocket as websocket_stream
 from service.access import Access
@@ -27,18 +22,17 @@ from service.errors import (
     ANSWERS,
     NOT_ABOUT_FILES,
     ClientGoneError,
-    TooLargeError,
     UnauthenticatedError,
     documented_problems,
     problem_response,
 )
-from service.jobs import Checkpoint, FileJobs
+from service.files import Files
 from service.metrics import Metrics
 from service.observe import Observe
 from service.parameters import Parameters
 from service.settings import Settings
 from service.streams import Streams
-from service.upload import MIB, Upload, read_upload, spooled_file
+from service.upload import read_upload, spooled_file
 
 _DESCRIPTION = """\
 Removes noise and reverberation from speech. Post a recording to `/enhance`, get the enhanced recording back:
@@ -76,64 +70,25 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, _Result]) 
         watcher.cancel()
 
 
-def _enhance(
-    source: Upload,
-    target: BinaryIO,
-    parameters: Parameters,
-    enhancer: Enhancer,
-    settings: Settings,
-    checkpoint: Checkpoint,
-) -> tuple[Summary, float]:
-    """Enhance one file in the calling thread; returns the summary and the CPU seconds it took."""
-    cpu_started = time.thread_time()
-    with AudioReader(source.file) as header:
-        sample_rate = header.sample_rate
-        if header.channels > settings.max_channels:
-            raise TooLargeError(
-                f"the recording has {header.channels} channels; accepted are {settings.max_channels}"
-            )
-
-    def progress(n_done: int, n_expected: int) -> None:
-        """Between blocks; a header may promise any length, so what was decoded counts as well."""
-        if max(n_done, n_expected) > settings.max_duration_seconds * sample_rate:
-            raise TooLargeError(f"the recording is longer than {settings.max_duration_seconds:g} s")
-        if target.tell() > settings.max_result_mib * MIB:
-            raise TooLargeError(f"the enhanced file is larger than {settings.max_result_mib} MiB")
-        checkpoint()
-
-    summary = enhance_file(
-        source.file,
-        target,
-        format=parameters.format,
-        controls=parameters.controls,
-        enhancer=enhancer,
-        progress=progress,
-    )
-    return summary, time.thread_time() - cpu_started
-
-
 def create_app(
     settings: Settings,
     access: Access,
-    enhancer: Enhancer,
+    files: Files,
     streams: Streams,
     state: health.Health,
     metrics: Metrics,
 ) -> FastAPI:
     """The application that serves one engine.
 
-    settings: limits of the deployment. access: who may call. enhancer: shared by all requests. streams: of
-    WebSockets and gRPC. state: what `/readyz` tells. metrics: what `/metrics` tells.
+    settings: limits of the deployment. access: who may call. files: works on the uploads.
+    streams: of WebSockets and gRPC. state: what `/readyz` tells. metrics: what `/metrics` tells.
     """
-    at_once = math.ceil(settings.file_workers / len(metrics.board.slots))
-    jobs = FileJobs(at_once, settings.max_requests, metrics.board)
-    metrics.files_capacity = settings.max_requests
-    metrics.files_waiting.set_function(lambda: jobs.waiting)
+    model = files.enhancer.model
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await jobs.close()
+        await files.close()
 
     app = FastAPIOffline(
         title="PercepNet",
@@ -164,7 +119,7 @@ def create_app(
 
     async def place(caller: Annotated[Caller, Depends(known)]) -> AsyncIterator[ExitStack]:
         """A place among the files, and the temporary files of its holder, until the answer is sent."""
-        with access.files.hold(caller.key), jobs.place(), ExitStack() as resources:
+        with files.place(caller), ExitStack() as resources:
             yield resources
 
     @app.post(
@@ -186,13 +141,8 @@ def create_app(
         if source.fields:
             parameters = Parameters.parse(in_query + source.fields)
         target = resources.enter_context(spooled_file())
-
-        def work(checkpoint: Checkpoint) -> tuple[Summary, float]:
-            return _enhance(source, target, parameters, enhancer, settings, checkpoint)
-
-        summary, cpu_seconds = await while_connected(request, jobs.run(work))
-        metrics.file_audio.inc(summary.seconds * summary.channels)
-        metrics.file_cpu.inc(cpu_seconds)
+        work = files.enhance(source.file, target, parameters.format, parameters.controls)
+        summary, cpu_seconds = await while_connected(request, work)
         request.state.line |= {
             "audio_seconds": round(summary.seconds, 6),
             "sample_rate_hz": summary.sample_rate,
@@ -205,7 +155,7 @@ def create_app(
             source.name,
             parameters.format,
             summary,
-            enhancer.model.manifest,
+            model.manifest,
             settings.transfer_timeout_seconds,
         )
 
@@ -216,14 +166,12 @@ def create_app(
         responses=documented_problems([UnauthenticatedError]),
         dependencies=[Depends(known)],
     )
-    async def model() -> dict[str, Any]:
+    async def describe_model() -> dict[str, Any]:
         described = {
-            name: value
-            for name, value in asdict(enhancer.model.manifest).items()
-            if isinstance(value, str | int)
+            name: value for name, value in asdict(model.manifest).items() if isinstance(value, str | int)
         }
         return described | {
-            "precision": enhancer.model.precision,
+            "precision": model.precision,
             "latency_seconds": LATENCY_SAMPLES / SAMPLE_RATE,
         }
 

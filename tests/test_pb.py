@@ -1,4 +1,4 @@
-"""The proto follows buf's standard rules, every part is explained, the code is what protoc makes of it."""
+"""Our proto follows buf's standard rules, all have comments, the code is what protoc makes of them."""
 
 import re
 from collections.abc import Iterator
@@ -15,18 +15,23 @@ PACKAGE = "percepnet_service.v1"
 
 
 @pytest.fixture(scope="module")
-def proto(tmp_path_factory: pytest.TempPathFactory) -> descriptor_pb2.FileDescriptorProto:
+def protos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, descriptor_pb2.FileDescriptorProto]:
     path = tmp_path_factory.mktemp("descriptors") / "set.binpb"
     options = [f"-I{generate.PROTOS}", "--include_source_info", f"--descriptor_set_out={path}"]
-    assert protoc.main(["protoc", *options, generate.PROTO]) == 0
-    (file,) = descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file
-    return file
+    assert protoc.main(["protoc", *options, *generate.FILES]) == 0
+    return {file.name: file for file in descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file}
+
+
+@pytest.fixture(scope="module")
+def proto(protos: dict[str, descriptor_pb2.FileDescriptorProto]) -> descriptor_pb2.FileDescriptorProto:
+    """Ours: the names in the other one are NVIDIA's."""
+    return protos[generate.OWN]
 
 
 def test_the_committed_code_is_what_the_compiler_writes(tmp_path: Path) -> None:
     generate.generate(tmp_path)
     written = sorted(path for path in tmp_path.rglob("*.py*"))
-    assert len(written) == 2
+    assert len(written) == 2 * len(generate.FILES)
     for path in written:
         committed = generate.ROOT / path.relative_to(tmp_path)
         assert committed.read_text() == path.read_text(), "run python -m service.pb.generate"
@@ -72,6 +77,8 @@ def paths(proto: descriptor_pb2.FileDescriptorProto) -> Iterator[tuple[str, tupl
         yield from ((method.name, (6, i, 2, j)) for j, method in enumerate(service.method))
 
 
-def test_everything_has_a_comment(proto: descriptor_pb2.FileDescriptorProto) -> None:
+@pytest.mark.parametrize("name", generate.FILES)
+def test_everything_has_a_comment(protos: dict[str, descriptor_pb2.FileDescriptorProto], name: str) -> None:
+    proto = protos[name]
     commented = {tuple(at.path) for at in proto.source_code_info.location if at.leading_comments.strip()}
     assert [name for name, path in paths(proto) if path not in commented] == []

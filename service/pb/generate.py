@@ -5,13 +5,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROTOS = ROOT / "protos"
-PROTO = "percepnet_service/v1/enhancement.proto"
+OWN = "percepnet_service/v1/enhancement.proto"
+FILES = (OWN, "nvidia/maxine/bnr/v1/bnr.proto")
 
 
 def generate(target: Path) -> None:
-    """Write service/pb/percepnet_service/v1/enhancement_pb2.py and its types under `target`.
+    """Write service/pb/…_pb2.py and its types for each of FILES under `target`.
 
-    Raises RuntimeError if the proto is not valid.
+    Raises RuntimeError if a proto is not valid.
     """
     from grpc_tools import protoc
 
@@ -19,8 +20,8 @@ def generate(target: Path) -> None:
     mapping = f"-Iservice/pb={PROTOS}"
     well_known = f"-I{files('grpc_tools') / '_proto'}"
     outputs = [f"--python_out={target}", f"--pyi_out={target}"]
-    if protoc.main(["protoc", mapping, well_known, *outputs, f"service/pb/{PROTO}"]):
-        raise RuntimeError(f"{PROTO} is not valid")
+    if protoc.main(["protoc", mapping, well_known, *outputs, *(f"service/pb/{file}" for file in FILES)]):
+        raise RuntimeError(f"one of {', '.join(FILES)} is not valid")
 
 
 if __name__ == "__main__":
