@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from service.errors import LimitError
 
 _TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{1,64})?"
+    r"(00(?=.{53}$)|(?!00|ff)[0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{1,64})?"
 )
 """W3C Trace Context: what is not so must be ignored. Versions after 00 may bring more fields."""
 

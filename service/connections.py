@@ -57,6 +57,10 @@ class _WebSocket(WebSocketsSansIOProtocol):
     The system holds little of what its caller does not read, or it would take minutes to notice that.
     """
 
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.conn.debug = False  # at that level it would log the headers, and API keys with them
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
