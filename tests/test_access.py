@@ -355,7 +355,7 @@ class Authority:
         return Callers(server, credentials, context)
 
     def seen(self, port: int) -> int:
-        """The serial number of the certificate that a server shows now."""
+        """What tells apart the certificates that a server shows."""
         pem = ssl.get_server_certificate(("localhost", port), timeout=TIMEOUT_SECONDS)
         der = ssl.PEM_cert_to_DER_cert(pem)
         return hash(der)
