@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+import trustme
 from running import Link, eventually, running
 
 from percepnet.enhancer import Enhancer
@@ -21,10 +23,12 @@ from percepnet.errors import ParameterError
 from percepnet.model import Model
 from percepnet.stream import enhance
 from percepnet.synthesis import Controls
-from service.client import AsyncClient, Client, EndedError, LiveStream, Mark, pods
+from service import keys
+from service.client import AsyncClient, Client, EndedError, LiveStream, Mark, Tls, pods
 from service.main import Server
 
 RATE = 16_000
+KEY = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture(scope="module")
@@ -384,3 +388,63 @@ def test_a_name_that_nobody_knows_is_told() -> None:
         client.pods._resolver = lambda host, port: []
         with pytest.raises(OSError, match="no address stands behind"):
             client.status()
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An authority, the server's certificate for `calls`, and a client's."""
+    folder = tmp_path_factory.mktemp("certificates")
+    authority = trustme.CA()
+    server, client = authority.issue_cert("calls"), authority.issue_cert("caller")
+    parts = {
+        "authority": [authority.cert_pem],
+        "server": server.cert_chain_pems,
+        "server_key": [server.private_key_pem],
+        "client": client.cert_chain_pems,
+        "client_key": [client.private_key_pem],
+    }
+    for name, blobs in parts.items():
+        (folder / name).write_bytes(b"".join(blob.bytes() for blob in blobs))
+    return {name: folder / name for name in parts}
+
+
+def test_keys_and_certificates_open_the_door(enhancer: Enhancer, certificates: dict[str, Path]) -> None:
+    """The pods are reached by number, and their certificate bears the service's name."""
+    choices = {
+        "api_keys": keys.parse(f"me:{KEY}"),
+        "tls_cert": certificates["server"],
+        "tls_key": certificates["server_key"],
+        "tls_client_ca": certificates["authority"],
+    }
+    trust = certificates["authority"]
+    tls = Tls(trust, certificates["client"], certificates["client_key"])
+    with serving(enhancer, **choices) as target:
+        names = Names(target)
+        with Client("calls:50051", tls=tls, api_key=KEY, resolver=names) as client:
+            assert client.status().model_name == "random"
+            stream = client.stream(RATE)
+            assert sum(map(len, stream.pipe([noise(160)]))) == 160 + stream.delay_samples
+
+        async def main() -> None:
+            async with (
+                AsyncClient("calls:50051", tls=tls, api_key=KEY, resolver=names) as client,
+                client.stream(RATE) as stream,
+            ):
+                assert len(await stream.push(noise(160))) == 160
+
+        asyncio.run(main())
+        for host, wrong_tls, key, code in (
+            ("calls", tls, "guessed", grpc.StatusCode.UNAUTHENTICATED),
+            ("calls", tls, None, grpc.StatusCode.UNAUTHENTICATED),
+            ("calls", Tls(trust), KEY, grpc.StatusCode.UNAVAILABLE),
+            ("others", tls, KEY, grpc.StatusCode.UNAVAILABLE),
+            ("calls", None, KEY, grpc.StatusCode.UNAVAILABLE),
+        ):
+            with (
+                Client(
+                    f"{host}:50051", tls=wrong_tls, api_key=key, resolver=names, patience_seconds=0
+                ) as client,
+                pytest.raises(grpc.RpcError) as refused,
+            ):
+                client.stream(RATE)
+            assert refused.value.code() is code

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import trustme
 from running import running
 
 from percepnet.cli import main
@@ -13,6 +14,7 @@ from percepnet.enhancer import Enhancer
 from percepnet.model import Model
 from percepnet.stream import enhance_file
 from percepnet.synthesis import Controls
+from service import keys
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,9 @@ def test_the_output_is_that_of_enhancing_the_file(
     output = "out.wav" if name.endswith("mp3") else f"out{Path(name).suffix}"
     assert main(["stream", name, output, "--target", target, "--attenuation-limit-db", "20", *options]) == 0
     enhance_file(name, f"expected_{output}", controls=Controls(20), enhancer=enhancer)
-    assert Path(output).read_bytes() == Path(f"expected_{output}").read_bytes()
+    for found, expected in zip(soundfile.read(output), soundfile.read(f"expected_{output}"), strict=True):
+        np.testing.assert_array_equal(found, expected)  # samples and rate
+    assert soundfile.info(output).subtype == soundfile.info(f"expected_{output}").subtype
     told = capsys.readouterr().out
     assert told.count("\n") == 1
     assert f"{name} → {output}: 0.3 s, {channels} channel" in told
@@ -89,3 +93,19 @@ def test_mistakes_are_told_in_one_line(folder, target, capsys, monkeypatch, argu
     assert message in output.err
     assert output.err.count("\n") == 1
     assert set(folder.iterdir()) == before
+
+
+def test_key_and_certificate_are_used(folder, enhancer, monkeypatch, capsys):
+    authority, key = trustme.CA(), "0123456789abcdef0123456789abcdef"
+    certificate = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path("authority.pem")
+    certificate.private_key_pem.write_to_path("key.pem")
+    certificate.cert_chain_pems[0].write_to_path("cert.pem")
+    put("a.wav")
+    choices = {"api_keys": keys.parse(f"me:{key}"), "tls_cert": Path("cert.pem"), "tls_key": Path("key.pem")}
+    with running(enhancer, **choices) as server:
+        command = ["stream", "a.wav", "out.wav", "--target", f"127.0.0.1:{server.grpc.port}"]
+        assert main([*command, "--root-certificates", "authority.pem"]) == 1
+        assert "UNAUTHENTICATED" in capsys.readouterr().err
+        monkeypatch.setenv("PERCEPNET_API_KEY", key)
+        assert main([*command, "--root-certificates", "authority.pem"]) == 0
