@@ -361,7 +361,10 @@ def test_dead_pods_cost_their_streams_nothing(enhancer: Enhancer, target: str) -
             np.testing.assert_array_equal(output, enhance(samples, RATE, enhancer=enhancer))
 
 
-def test_streams_leave_a_server_that_is_about_to_stop(enhancer: Enhancer, target: str) -> None:
+def test_streams_leave_a_server_that_is_about_to_stop(
+    enhancer: Enhancer, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pods, "LOOK_UP_SECONDS", 0)
     samples = noise(4_800)
     with running(enhancer, shutdown_grace_seconds=30) as stopping:
         names = Names(address(stopping))
@@ -369,7 +372,6 @@ def test_streams_leave_a_server_that_is_about_to_stop(enhancer: Enhancer, target
             stream = client.stream(RATE, compensate_delay=True)
             outputs = [stream.push(samples[:1_600])]
             names.addresses = [target]
-            client.pods.look_up()
             stopping.should_exit = True
             eventually(lambda: stopping.health.stopping, "the end")
             outputs += [stream.push(chunk) for chunk in chunks(samples[1_600:])]

@@ -275,6 +275,7 @@ class AsyncLiveStream:
         pods, old = self._client.pods, self._connection
         async with self._writing:
             pods.avoid(old.address, LOOK_UP_SECONDS)
+            await self._client.refresh(Attempts(pods, 0))
             address = pods.choose()
             if address is None:
                 return

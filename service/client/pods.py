@@ -155,12 +155,13 @@ class Pods(Generic[Channel]):
     def succeeded(self, address: str) -> None:
         """A pod works."""
         with self._lock:
-            self._pods[address].failures = 0
+            if address in self._pods:
+                self._pods[address].failures = 0
 
     def avoid(self, address: str, seconds: float | None = None) -> None:
         """Leave a pod alone for the time it asked for, or one that doubles with every failure."""
         with self._lock:
-            pod = self._pods[address]
+            pod = self._pods.get(address, _Pod())  # it may be gone by now
             if seconds is None:
                 seconds = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**pod.failures)
                 pod.failures += 1

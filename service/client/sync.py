@@ -245,6 +245,7 @@ class LiveStream:
         pods, old = self._client.pods, self._connection
         with self._changed:
             pods.avoid(old.address, LOOK_UP_SECONDS)
+            self._client.refresh(Attempts(pods, 0))
             address = pods.choose()
             if address is None:
                 return
