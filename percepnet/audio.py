@@ -99,11 +99,7 @@ class AudioReader:
         self.subtype: str = self._sound.subtype
         self.n_samples: int = self._sound.frames
         """Per channel, as the header promises."""
-        if not MIN_RATE <= self.sample_rate <= MAX_RATE:
-            raise AudioError(
-                f"the file has a sample rate of {self.sample_rate} Hz; "
-                f"accepted are {MIN_RATE} to {MAX_RATE} Hz"
-            )
+        _check_rate(self.sample_rate)
         if self.n_samples <= 0:
             raise AudioError("the file holds no samples")
 
@@ -328,20 +324,32 @@ def _check_end(file: BinaryIO) -> None:
             raise AudioError("the file is truncated: its last Ogg page is missing or incomplete")
 
 
+def _check_rate(sample_rate: int) -> None:
+    if not MIN_RATE <= sample_rate <= MAX_RATE:
+        raise AudioError(
+            f"the file has a sample rate of {sample_rate} Hz; accepted are {MIN_RATE} to {MAX_RATE} Hz"
+        )
+
+
 def _wav_data(file: BinaryIO, size: int) -> tuple[int, int]:
-    """Bytes of audio that a WAV or RF64 header promises (0: it does not say), and those present."""
+    """Bytes of audio that a WAV or RF64 header promises (0: it does not say), and those present.
+
+    The rate is checked on the way: libsndfile calls one of 0 Hz an internal error.
+    """
     file.seek(12)
     long_size = 0
     for _ in range(MAX_CHUNKS):
         if len(header := file.read(8)) < 8:
             break
         name, length = struct.unpack("<4sI", header)
+        begin = file.tell()
         if name == b"data":
-            return length if length < UNKNOWN_LENGTH else long_size, size - file.tell()
-        if name == b"ds64":
-            long_size = struct.unpack("<8xQ", file.read(16).ljust(16, b"\0"))[0]
-            length -= 16
-        file.seek(length + length % 2, os.SEEK_CUR)
+            return length if length < UNKNOWN_LENGTH else long_size, size - begin
+        if name == b"ds64" and len(sizes := file.read(16)) == 16:
+            long_size = struct.unpack("<8xQ", sizes)[0]
+        if name == b"fmt " and len(format := file.read(8)) == 8:
+            _check_rate(struct.unpack("<4xI", format)[0])
+        file.seek(begin + length + length % 2)
     raise AudioError("the file is truncated: it ends before its audio begins")
 
 

@@ -5,6 +5,7 @@ import glob
 import importlib
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ EXIT_USAGE = 2
 """The command line asks for what is not accepted, or for what is not installed."""
 
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 BAR_DELAY_SECONDS = 1.0
 """Shorter work shows no progress bar."""
@@ -175,9 +177,13 @@ def controls_of(arguments: argparse.Namespace) -> Controls:
     return Controls(arguments.attenuation_limit_db, arguments.mix, not arguments.no_postfilter)
 
 
-def check_target(target: Path, arguments: argparse.Namespace) -> None:
-    """Raise ParameterError if a file is there that may not be replaced."""
-    if target.exists() and not arguments.force:
+def check_target(source: Path, target: Path, arguments: argparse.Namespace) -> None:
+    """Raise ParameterError if a file is there that may not be replaced; the recording itself never may."""
+    if not target.exists():
+        return
+    if source.exists() and target.samefile(source):
+        raise ParameterError(f"{target} is the recording itself, which would be lost; choose another OUT")
+    if not arguments.force:
         raise ParameterError(f"{target} exists; --force replaces it")
 
 
@@ -188,16 +194,31 @@ def run_enhance(arguments: argparse.Namespace) -> int:
     enhancer = Enhancer(Model.load(arguments.model))
     n_failed = 0
     files = tqdm(jobs, unit="file", disable=None if len(jobs) > 1 else True, delay=BAR_DELAY_SECONDS)
-    for source, target in files:
-        try:
-            check_target(target, arguments)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            summary = _enhance_with_bar(source, target, controls, enhancer, arguments.format)
-            tqdm.write(f"{source} → {target}: {in_words(summary)}", file=sys.stdout)
-        except (PercepNetError, OSError) as error:
-            n_failed += 1
-            tqdm.write(f"percepnet: {source}: {_reason(error)}", file=sys.stderr)
+    with orderly_end():
+        for source, target in files:
+            try:
+                check_target(source, target, arguments)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                summary = _enhance_with_bar(source, target, controls, enhancer, arguments.format)
+                tqdm.write(f"{source} → {target}: {in_words(summary)}", file=sys.stdout)
+            except (PercepNetError, OSError) as error:
+                n_failed += 1
+                tqdm.write(f"percepnet: {source}: {_reason(error)}", file=sys.stderr)
     return EXIT_FAILED if n_failed else 0
+
+
+@contextmanager
+def orderly_end() -> Iterator[None]:
+    """Let SIGTERM, too, end the `with` blocks inside, so that no partial file stays behind."""
+
+    def end(*_: object) -> None:
+        sys.exit(EXIT_TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _enhance_with_bar(

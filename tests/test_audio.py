@@ -216,7 +216,7 @@ UNUSABLE = {
     "Vorbis without its last byte": (encoded("OGG", "VORBIS")[:-1], "last Ogg page"),
     "cut Opus": (encoded("OGG", "OPUS", n_samples=60_000)[:-2_000], "last Ogg page"),
     "0 channels": (patched(WAV, 22, b"\0\0"), "damaged"),
-    "rate 0": (patched(WAV, 24, bytes(4)), "damaged"),
+    "rate 0": (patched(WAV, 24, bytes(4)), "a sample rate of 0 Hz; accepted are 8000 to 192000 Hz"),
     "rate 2 GHz": (patched(WAV, 24, b"\xff\xff\xff\x7f"), "2147483647 Hz; accepted are 8000 to 192000"),
     "rate 7999": (encoded("WAV", "PCM_16", 7_999), "7999 Hz"),
     "rate 192001": (encoded("WAV", "PCM_16", 192_001), "192001 Hz"),

@@ -1,5 +1,7 @@
 """The command line: files in, files out, one line for each, and no traceback for a user's mistake."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,12 +106,14 @@ def test_an_existing_file_is_replaced_only_by_force(folder, model, capsys):
     assert soundfile.info("out.wav").samplerate == 16_000
 
 
-def test_a_file_can_replace_itself(folder, model):
+@pytest.mark.parametrize("out", ["a.wav", "link.wav", "."])
+def test_a_recording_is_never_replaced_by_its_own_output(folder, model, capsys, out):
     before = put(folder / "a.wav")
-    assert main(["enhance", "a.wav", "a.wav", "--force", "--model", model]) == 0
-    after = (folder / "a.wav").read_bytes()
-    assert len(after) == len(before)
-    assert after != before
+    (folder / "link.wav").symlink_to("a.wav")
+    assert main(["enhance", "a.wav", out, "--force", "--model", model]) == 1
+    assert (folder / "a.wav").read_bytes() == before
+    assert files(folder) == {"a.wav", "link.wav"}
+    assert "the recording itself" in capsys.readouterr().err
 
 
 def test_a_bad_file_is_named_and_the_others_are_done(folder, model, capsys):
@@ -198,6 +202,22 @@ def test_an_interruption_leaves_no_output(folder, model, capsys, monkeypatch):
     assert main(["enhance", "a.wav", "out.wav", "--model", model]) == 130
     assert files(folder) == {"a.wav"}
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_sigterm_leaves_no_output(folder, model, monkeypatch):
+    put(folder / "a.wav")
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def terminate(*_: object) -> None:
+        assert files(folder) > {"a.wav"}  # the output has begun
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("percepnet.stream.AudioWriter.write", terminate)
+    with pytest.raises(SystemExit) as ended:
+        main(["enhance", "a.wav", "out.wav", "--model", model])
+    assert ended.value.code == 143
+    assert files(folder) == {"a.wav"}
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_info_shows_model_delay_and_path(model, capsys):

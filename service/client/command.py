@@ -14,7 +14,14 @@ import grpc
 import numpy as np
 
 from percepnet.audio import ACCEPTED, AudioReader, AudioWriter, choose_encoding
-from percepnet.cli import add_output_arguments, check_target, controls_of, in_words, progress_bar
+from percepnet.cli import (
+    add_output_arguments,
+    check_target,
+    controls_of,
+    in_words,
+    orderly_end,
+    progress_bar,
+)
 from percepnet.constants import HOP, SAMPLE_RATE
 from percepnet.errors import PercepNetError
 from percepnet.stream import FrameAdapter, Summary
@@ -65,14 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Send the file, write what comes back, and tell what was done."""
     source, target = arguments.input, arguments.output
-    check_target(target, arguments)
+    check_target(source, target, arguments)
     files = arguments.root_certificates, arguments.certificate, arguments.key
     tls = Tls(*files) if arguments.tls or any(files) else None
     client = AsyncClient(
         arguments.target, tls=tls, api_key=arguments.api_key, patience_seconds=PATIENCE_SECONDS
     )
     started = time.perf_counter()
-    with AudioReader(source) as reader, progress_bar(source) as show:
+    with orderly_end(), AudioReader(source) as reader, progress_bar(source) as show:
         encoding = choose_encoding(target, arguments.format, reader)
         talk = _Talk(client, reader, realtime=arguments.realtime)
         with AudioWriter(target, encoding, reader.sample_rate, reader.channels, reader.n_samples) as writer:
