@@ -96,6 +96,11 @@ class Board:
         """The slots of the other workers that serve."""
         return [slot for slot in self.slots if slot is not self.mine and slot.ready]
 
+    @property
+    def room_elsewhere(self) -> bool:
+        """Whether another worker could take a live stream."""
+        return any(slot.streams < slot.capacity for slot in self.others)
+
     def total(self, name: str) -> float:
         """The sum of a number over all workers."""
         return sum(getattr(slot, name) for slot in self.slots)

@@ -23,7 +23,7 @@ from percepnet.stream import FrameAdapter
 from percepnet.synthesis import Controls, FrameControls
 from service import pcm
 from service.cpu import CpuStages, MeteredModel
-from service.errors import BusyError
+from service.errors import BusyError, CrowdedError
 from service.metrics import Metrics
 
 RAMP_FRAMES = 5
@@ -273,6 +273,10 @@ class Engine:
         """Begin a session; raises BusyError if there is no room, ParameterError for a rate out of range."""
         if not self._free:
             self._metrics.streams_rejected.inc()
+            if self._metrics.board.room_elsewhere:
+                raise CrowdedError(
+                    f"all {self.capacity} live streams of this worker are taken; others have room"
+                )
             raise BusyError(f"all {self.capacity} live streams of this server are taken")
         session = Session(self, self._free[-1], options, on_answer)
         row = self._free.pop()

@@ -33,6 +33,15 @@ class UploadTimeoutError(ServiceError):
 class BusyError(ServiceError):
     """No room for another file or stream now."""
 
+    retry_seconds = 1.0
+    """When a stream should come back: calls end all the time."""
+
+
+class CrowdedError(BusyError):
+    """No room here, but another worker of the service has some."""
+
+    retry_seconds = 0.3  # by then, this worker has sent its callers away
+
 
 class LimitError(BusyError):
     """One caller has as many files or streams as it may."""

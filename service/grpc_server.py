@@ -21,6 +21,7 @@ from service.errors import BusyError, ClientGoneError, StoppingError, Unauthenti
 from service.files import Files
 from service.health import Health
 from service.jobs import Checkpoint, FileJobs
+from service.listener import Listener
 from service.logs import logger
 from service.maxine import Maxine
 from service.messages import pb
@@ -34,8 +35,9 @@ MAX_CLIP_SECONDS = 60
 MAX_CLIPS = 4
 """Clips held at once: they are short, and worked on in turn."""
 
-RETRY_MILLISECONDS = 1_000
-"""When to come back if there is no room: calls end all the time."""
+CONNECTION_AGE_SECONDS = 5
+"""After this time a caller is asked for a new connection, which may reach another worker of this service; the
+streams it has go on."""
 
 _TRANSPORT_LIMIT_BYTES = 12 * 1024 * 1024  # a clip of MAX_CLIP_SECONDS as floats at 48 kHz
 
@@ -73,15 +75,24 @@ class GrpcServer:
         """Listen; raises RuntimeError if the address cannot be had. state: whether the process stops."""
         self._streams.start(lambda: state.stopping)
         self._ticker = Ticker(self._engine)
-        await self._listen()
+        self._listener = Listener(self._build, self._board)
+        await self._listener.start()
         for service in ("", SERVICE, maxine.SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
-    async def _listen(self) -> None:
-        """Take connections; raises RuntimeError if the address cannot be had."""
+    def _build(self) -> grpc.aio.Server:
+        """A server that is to be started; raises RuntimeError if the address cannot be had."""
         # Without workers that share it, a second server on the port must fail, not take half of the calls.
-        shared = ("grpc.so_reuseport", int(len(self._board.slots) > 1))
-        server = grpc.aio.server(options=(*_OPTIONS, shared), interceptors=[_Gate(self._access)])
+        shared = len(self._board.slots) > 1
+        age = self._settings.connection_age_seconds or (CONNECTION_AGE_SECONDS if shared else None)
+        server = grpc.aio.server(
+            options=(
+                *_OPTIONS,
+                ("grpc.so_reuseport", int(shared)),
+                *((("grpc.max_connection_age_ms", round(1000 * age)),) if age else ()),
+            ),
+            interceptors=[_Gate(self._access)],
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (
@@ -108,21 +119,22 @@ class GrpcServer:
             self.port = server.add_insecure_port(address)
         else:
             self.port = server.add_secure_port(address, tls.grpc_credentials())
-        await server.start()
-        self._server = server
+        return server
 
     async def stop(self) -> None:
         """Stop being healthy, let live streams end within the grace, cut off those that remain."""
         await self._health.enter_graceful_shutdown()
         await asyncio.gather(self._streams.stop(), self._maxine.stop())
-        await self._server.stop(1)
+        await self._listener.stop(1)
         self._ticker.close()
         await self._jobs.close()
 
     async def _enhance_stream(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+        self._listener.stream_opened()
         await _guard(context, self._streams.converse(_GrpcWire(context), _caller(context)))
 
     async def _enhance_audio(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+        self._listener.stream_opened()
         await _guard(context, self._maxine.enhance_audio(context, _caller(context)))
 
     async def _enhance_clip(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
@@ -194,7 +206,9 @@ async def _guard(context: grpc.aio.ServicerContext, work: Awaitable[Any]) -> Any
         answer = answer_for(error)
         if answer.code == "internal":
             logger.error("rpc failed", exc_info=error)
-        hint = (("grpc-retry-pushback-ms", str(RETRY_MILLISECONDS)),) if isinstance(error, BusyError) else ()
+        hint: tuple[tuple[str, str], ...] = ()
+        if isinstance(error, BusyError):
+            hint = (("grpc-retry-pushback-ms", f"{1000 * error.retry_seconds:.0f}"),)
         await context.abort(grpc.StatusCode[answer.grpc_code], told(error), hint)
 
 

@@ -126,6 +126,15 @@ class Settings:
             unset="as many as are found to fit at the start",
         ),
     )
+    connection_age_seconds: float | None = field(
+        default=None,
+        metadata=_meaning(
+            _seconds,
+            "time in seconds after which gRPC callers open further streams over a new connection, so that "
+            "they find new servers",
+            unset="5 with several workers, no limit with one",
+        ),
+    )
     stream_idle_seconds: float = field(
         default=30.0,
         metadata=_meaning(_seconds, "time in seconds until a stream that sends or reads nothing ends"),

@@ -1,0 +1,261 @@
+"""A service of several worker processes, started as users start it.
+
+Invariant: the loss of a worker costs the streams that it had, and nothing else.
+"""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+
+import grpc
+import httpx
+import numpy as np
+import psutil
+import pytest
+from conftest import export_random_model
+from prometheus_client.parser import text_string_to_metric_families
+from running import TIMEOUT_SECONDS, eventually
+
+from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts processes as Linux does")
+
+RATE = 16_000
+MESSAGE = np.random.default_rng(0).integers(-3000, 3000, RATE // 100).astype("<i2").tobytes()
+COMMAND = [sys.executable, "-m", "percepnet.cli", "serve"]
+RETRIED = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+}
+ANYWHERE = ["--http-listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0"]
+
+
+class Service:
+    """A running service of two workers, which carry four streams each."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        assert process.stderr is not None
+        self.log = process.stderr
+        line = json.loads(next(text for text in self.log if "running on" in text))["message"]
+        http, self.target = re.findall(r"127\.0\.0\.1:\d+", line)
+        self.http = httpx.Client(base_url=f"http://{http}", timeout=TIMEOUT_SECONDS)
+        eventually(lambda: self.value("percepnet_workers") == 2, "both workers")
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def values(self) -> dict[str, float]:
+        """All metrics: sums over the labels of each name, and those of each CPU stage."""
+        found: dict[str, float] = {}
+        # A connection of its own, so that any worker may answer.
+        text = httpx.get(f"{self.http.base_url}/metrics", timeout=TIMEOUT_SECONDS).text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                found[sample.name] = found.get(sample.name, 0) + sample.value
+                if "stage" in sample.labels:
+                    found[sample.labels["stage"]] = sample.value
+        return found
+
+    def value(self, name: str) -> float:
+        return self.values()[name]
+
+    def wait_for(self, name: str, value: float) -> None:
+        eventually(lambda: self.value(name) == value, f"{name} = {value}")
+
+    def channel(self) -> grpc.Channel:
+        """A channel with connections of its own."""
+        return grpc.insecure_channel(self.target, [("grpc.use_local_subchannel_pool", 1)])
+
+
+class Stream:
+    """An open live stream."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._requests: SimpleQueue[pb.EnhanceStreamRequest | None] = SimpleQueue()
+        self.call = channel.stream_stream(
+            "/percepnet_service.v1.EnhancementService/EnhanceStream",
+            pb.EnhanceStreamRequest.SerializeToString,
+            pb.EnhanceStreamResponse.FromString,
+        )(iter(self._requests.get, None), timeout=TIMEOUT_SECONDS)
+        config = pb.StreamConfig(sample_rate_hz=RATE, encoding=pb.ENCODING_S16LE)
+        self._requests.put(pb.EnhanceStreamRequest(config=config))
+        try:
+            next(self.call)
+        except grpc.RpcError:
+            self.end()
+            raise
+
+    def push(self) -> bool:
+        """Send 10 ms and take the answer; tells whether the stream lives."""
+        self._requests.put(pb.EnhanceStreamRequest(audio=MESSAGE))
+        try:
+            return len(next(self.call).audio.audio) == len(MESSAGE)
+        except grpc.RpcError:
+            self.end()
+            return False
+
+    def end(self) -> None:
+        self._requests.put(None)
+
+
+def opened(channel: grpc.Channel) -> Stream:
+    """A stream, asked for again when the service says so, or when it came to a worker that was leaving."""
+    while True:
+        try:
+            return Stream(channel)
+        except grpc.RpcError as error:
+            if error.code() not in RETRIED:
+                raise
+            hint = dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms", "100")
+            time.sleep(int(hint) / 1000)
+
+
+@contextmanager
+def serving(tmp_path: Path, *arguments: str) -> Iterator[Service]:
+    model = export_random_model(tmp_path, fc=32, conv=64, gru=64, strength_gru=32)
+    command = [*COMMAND, *ANYWHERE, "--workers", "2", "--max-streams", "8", "--model", str(model), *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            service = Service(process)
+            yield service
+            service.http.close()
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with serving(tmp_path_factory.mktemp("workers")) as service:
+        yield service
+
+
+def test_streams_over_one_connection_reach_all_workers(service: Service) -> None:
+    with service.channel() as channel:
+        streams = [opened(channel) for _ in range(8)]
+        assert all(stream.push() for stream in streams)
+        values = service.values()
+        assert (values["percepnet_streams_active"], values["percepnet_streams_capacity"]) == (8, 8)
+        with pytest.raises(grpc.RpcError) as refused:
+            Stream(channel)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(refused.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+        assert all(stream.push() for stream in streams)
+        for stream in streams:
+            stream.end()
+        service.wait_for("percepnet_streams_active", 0)
+
+
+def test_cpu_figures_are_those_of_the_operating_system(service: Service) -> None:
+    def used() -> float:
+        return sum(sum(worker.cpu_times()[:2]) for worker in service.workers)
+
+    def settled() -> dict[str, float]:
+        time.sleep(1.5)  # until the other worker, idle again, has told the rest
+        return service.values()
+
+    before, used_before, started = settled(), used(), time.monotonic()
+    with service.channel() as one, service.channel() as other:
+        streams = [opened(channel) for channel in (one, other) for _ in range(3)]
+        while used() < used_before + 0.5:
+            assert all(stream.push() for stream in streams)
+        for stream in streams:
+            stream.end()
+        service.wait_for("percepnet_streams_active", 0)
+        open_seconds = time.monotonic() - started
+    after = settled()
+    taken = {stage: after[stage] - before[stage] for stage in ("dsp", "network", "files", "transport")}
+    assert sum(taken.values()) == pytest.approx(used() - used_before, abs=0.15)
+    assert taken["files"] == 0
+    assert min(taken["dsp"], taken["network"], taken["transport"]) > 0.02
+    grown = after["percepnet_stream_open_seconds_total"] - before["percepnet_stream_open_seconds_total"]
+    assert 0 < grown <= 6 * open_seconds
+    assert 0 < after["percepnet_stream_cpu_ratio"] < 1
+
+
+def test_a_killed_worker_costs_its_streams_only_and_is_replaced(service: Service) -> None:
+    before = service.values()
+    channels = [service.channel() for _ in range(8)]
+    streams = [opened(channel) for channel in channels]
+    for _ in range(5):
+        assert all(stream.push() for stream in streams)
+    time.sleep(1.1)  # the books are told every second
+    assert service.value("percepnet_streams_active") == 8
+
+    service.workers[0].kill()
+    alive = [stream for stream in streams if stream.push()]
+    assert len(alive) == 4
+    while service.value("percepnet_worker_restarts_total") == before["percepnet_worker_restarts_total"]:
+        assert all(stream.push() for stream in alive)
+    lost = [channel for channel, stream in zip(channels, streams, strict=True) if stream not in alive]
+    alive += [opened(channel) for channel in lost]
+    for _ in range(5):
+        assert all(stream.push() for stream in alive)
+
+    service.wait_for("percepnet_workers", 2)
+    values = service.values()
+    assert values["percepnet_worker_restarts_total"] == before["percepnet_worker_restarts_total"] + 1
+    assert (values["percepnet_streams_active"], values["percepnet_streams_capacity"]) == (8, 8)
+    answers = "percepnet_stream_latency_seconds_count"
+    assert values[answers] >= before[answers] + 8 * 5
+    for stream in alive:
+        stream.end()
+    service.wait_for("percepnet_streams_active", 0)
+    for channel in channels:
+        channel.close()
+
+
+def test_sigterm_lets_live_streams_end_and_refuses_new_ones(tmp_path: Path) -> None:
+    with serving(tmp_path) as service:
+        workers = service.workers
+        with service.channel() as channel, service.channel() as late:
+            stream = opened(channel)
+            service.process.send_signal(signal.SIGTERM)
+            eventually(lambda: "Shutting down" in next(service.log), "the end")
+            with pytest.raises(grpc.RpcError) as refused:
+                Stream(late)
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert all(stream.push() for _ in range(10))
+            stream.end()
+            assert service.process.wait(TIMEOUT_SECONDS) == 0
+    assert not any(worker.is_running() for worker in workers)
+
+
+def test_a_service_that_cannot_start_tells_why_once(tmp_path: Path) -> None:
+    model = tmp_path / "model.onnx"
+    model.write_bytes(b"no model")
+    model.with_name("model.json").write_text("{}")
+    command = [*COMMAND, *ANYWHERE, "--workers", "2", "--log-level", "error", "--model", str(model)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("percepnet serve: ")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--http-listen", "--grpc-listen"])
+def test_a_port_that_is_taken_is_told(flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = [*COMMAND, *ANYWHERE, flag, address, "--workers", "2"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert ended.returncode == 1
+    assert address in ended.stderr
+    assert flag in ended.stderr
+
+
+def test_workers_end_with_their_supervisor(service: Service) -> None:
+    """The last test of this file: it ends the service of the others."""
+    workers = service.workers
+    service.process.kill()
+    _, alive = psutil.wait_procs(workers, TIMEOUT_SECONDS)
+    assert not alive
