@@ -8,6 +8,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from percepnet.synthesis import Controls
 from service import keys
 from service.client import AsyncClient, Client, EndedError, LiveStream, Mark, Tls, pods
 from service.main import Server
+from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
 RATE = 16_000
 KEY = "0123456789abcdef0123456789abcdef"
@@ -281,6 +283,31 @@ def test_a_lost_server_is_told_when_patience_is_over(enhancer: Enhancer) -> None
             with pytest.raises(grpc.RpcError) as lost:
                 call()
             assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_server_that_breaks_every_stream_is_told_when_patience_is_over() -> None:
+    """It takes the stream up again and again, and never answers."""
+
+    def begin_and_break(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        next(requests)
+        yield pb.EnhanceStreamResponse(started=pb.StreamStarted(delay_samples=480))
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+
+    handler = grpc.stream_stream_rpc_method_handler(
+        begin_and_break, pb.EnhanceStreamRequest.FromString, pb.EnhanceStreamResponse.SerializeToString
+    )
+    service = grpc.method_handlers_generic_handler(
+        "percepnet_service.v1.EnhancementService", {"EnhanceStream": handler}
+    )
+    with ThreadPoolExecutor() as threads:
+        server = grpc.server(threads, [service])
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        with Client(f"127.0.0.1:{port}", patience_seconds=0.3) as client, client.stream(RATE) as stream:
+            with pytest.raises(grpc.RpcError, match="the connection broke"):
+                stream.push(noise(160))
+            assert stream.reconnections > 1
+        server.stop(None).wait()
 
 
 def test_a_full_server_is_asked_again_when_it_said(enhancer: Enhancer) -> None:

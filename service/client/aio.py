@@ -104,10 +104,12 @@ class AsyncLiveStream:
         self._error: Exception | None = None
         self._connection: _Connection
         self._may_move = 0.0  # not before this time
+        self._attempts = Attempts(client.pods, client.patience_seconds)
+        self._n_answers = -1  # when they began, after a loss
 
     async def open(self) -> Self:
         """Find a server; `AsyncClient.stream` does it."""
-        await self._connect(Attempts(self._client.pods, self._client.patience_seconds))
+        await self._connect(self._attempts)
         return self
 
     @property
@@ -244,7 +246,10 @@ class AsyncLiveStream:
         try:
             for request in opening.messages:
                 await connection.write(request)
-            self._talk.opened(opening, await connection.read())
+            response = await connection.read()
+            if response is grpc.aio.EOF:
+                raise EndedError("the server ended the stream before it began")
+            self._talk.opened(opening, response)
         except BaseException:
             connection.drop()
             raise
@@ -258,9 +263,11 @@ class AsyncLiveStream:
             try:
                 if self._error:
                     raise self._error from None
-                attempts = Attempts(self._client.pods, self._client.patience_seconds)
-                attempts.lost(self._connection.address, lost)
-                await self._connect(attempts)
+                if self._talk.n_answers != self._n_answers:  # it worked since the last time
+                    self._n_answers = self._talk.n_answers
+                    self._attempts = Attempts(self._client.pods, self._client.patience_seconds)
+                self._attempts.lost(self._connection.address, lost)
+                await self._connect(self._attempts)
                 self.reconnections += 1
             except Exception as error:
                 self._error = error

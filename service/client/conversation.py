@@ -97,6 +97,7 @@ class Conversation:
         self.ended = False
         """The end was answered: nothing more comes."""
         self.unanswered_samples = 0
+        self.n_answers = 0
         self._config = pb.StreamConfig(
             sample_rate_hz=sample_rate,
             encoding=pb.ENCODING_F32LE,
@@ -166,6 +167,7 @@ class Conversation:
         """The next message of the server; None if it only repeats what is known."""
         kind = response.WhichOneof("payload")
         if kind == "parameters":
+            self.n_answers += 1
             self._config.parameters.CopyFrom(self._asked.popleft().parameters)
             response.parameters.position += self._opening.base
             return Answer(np.zeros(0, np.float32), response.parameters.position, response)
@@ -175,6 +177,7 @@ class Conversation:
             if not self._n_repeats_due and self._opening.base:
                 self._join(samples)
             return None
+        self.n_answers += 1
         samples = self._continue(samples)
         response.audio.position += self._opening.base
         left_out = min(self._lead_in or 0, len(samples))

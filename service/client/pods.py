@@ -211,14 +211,16 @@ class Pods(Generic[Channel]):
 class Attempts:
     """How long one stream goes on trying to find a server: decides, and waits for nobody.
 
-    patience_seconds: after this time without a server the last refusal stands. Whatever the patience, one
-    server is tried, and every one that does not want to be left alone.
+    patience_seconds: after this time without a server, or with servers that break as soon as they are found,
+    the last error stands. Whatever the patience, one server is tried, and every one that does not want to be
+    left alone.
     """
 
     def __init__(self, pods: Pods[Any], patience_seconds: float) -> None:
         self._pods = pods
         self._deadline = time.monotonic() + patience_seconds
         self._error: Exception | None = None
+        self._broken = False
 
     def choose(self) -> str | None:
         """The server to try now; None if it is time for `pause_seconds`."""
@@ -226,9 +228,13 @@ class Attempts:
 
     def lost(self, address: str, error: grpc.RpcError) -> None:
         """Take note of a connection that broke; raises the error where trying again is no use."""
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        late = self._broken and time.monotonic() > self._deadline
+        if late or error.code() is not grpc.StatusCode.UNAVAILABLE:
             raise error
         self._pods.avoid(address)
+        if self._broken:
+            self._error = error  # the same server is not tried at once a second time
+        self._broken = True
 
     def failed(self, address: str, error: grpc.RpcError) -> None:
         """Take note of a server that did not take the call; raises the error where trying again is no use."""

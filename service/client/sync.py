@@ -84,8 +84,10 @@ class LiveStream:
         self._error: Exception | None = None
         self._connection: _Connection
         self._may_move = 0.0  # not before this time
+        self._attempts = Attempts(client.pods, client.patience_seconds)
+        self._n_answers = -1  # when they began, after a loss
         with self._changed:
-            self._connect(Attempts(client.pods, client.patience_seconds))
+            self._connect(self._attempts)
 
     @property
     def started(self) -> pb.StreamStarted:
@@ -214,7 +216,10 @@ class LiveStream:
         for request in opening.messages:
             connection.requests.put(request)
         try:
-            self._talk.opened(opening, next(connection.call))
+            response = next(connection.call, None)
+            if response is None:
+                raise EndedError("the server ended the stream before it began")
+            self._talk.opened(opening, response)
         except BaseException:
             connection.drop()
             raise
@@ -228,9 +233,11 @@ class LiveStream:
             try:
                 if self._error:
                     raise self._error from None
-                attempts = Attempts(self._client.pods, self._client.patience_seconds)
-                attempts.lost(self._connection.address, lost)
-                self._connect(attempts)
+                if self._talk.n_answers != self._n_answers:  # it worked since the last time
+                    self._n_answers = self._talk.n_answers
+                    self._attempts = Attempts(self._client.pods, self._client.patience_seconds)
+                self._attempts.lost(self._connection.address, lost)
+                self._connect(self._attempts)
                 self.reconnections += 1
             except Exception as error:
                 self._error = error
