@@ -15,3 +15,10 @@ class AudioError(PercepNetError):
 
 class UnsupportedAudioError(AudioError):
     """The caller's file is not audio, or none of the accepted formats."""
+
+
+def reason(error: Exception) -> str:
+    """An error in one line, for who called a command."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

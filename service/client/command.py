@@ -14,7 +14,9 @@ import grpc
 import numpy as np
 
 from percepnet.audio import ACCEPTED, AudioReader, AudioWriter, choose_encoding
-from percepnet.cli import (
+from percepnet.constants import HOP, SAMPLE_RATE
+from percepnet.errors import PercepNetError
+from percepnet.recordings import (
     add_output_arguments,
     check_target,
     controls_of,
@@ -22,8 +24,6 @@ from percepnet.cli import (
     orderly_end,
     progress_bar,
 )
-from percepnet.constants import HOP, SAMPLE_RATE
-from percepnet.errors import PercepNetError
 from percepnet.stream import FrameAdapter, Summary
 from percepnet.synthesis import Controls
 from service.client.aio import AsyncClient, AsyncLiveStream

@@ -1,0 +1,199 @@
+"""`percepnet enhance`: recordings in files, folders and patterns; and what other commands share with it."""
+
+import argparse
+import glob
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from percepnet.audio import ACCEPTED, FORMAT_OF_SUFFIX, FORMATS, READABLE_SUFFIXES
+from percepnet.enhancer import Enhancer
+from percepnet.errors import ParameterError, PercepNetError, reason
+from percepnet.model import Model
+from percepnet.stream import Summary, enhance_file
+from percepnet.synthesis import Controls
+
+EXIT_FAILED = 1
+EXIT_TERMINATED = 143
+
+BAR_DELAY_SECONDS = 1.0
+"""Shorter work shows no progress bar."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `percepnet enhance`."""
+    parser.description = (
+        "Enhance speech recordings. Each output has its input's sample rate, channels, length and, for PCM, "
+        "bit depth, and no delay against it. Files that are cut short or hold NaN are refused."
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="IN",
+        help=f"a file, a folder (with all below it) or a quoted pattern: {ACCEPTED}, 8 to 192 kHz",
+    )
+    parser.add_argument(
+        "output",
+        type=str,
+        metavar="OUT",
+        help="a file for one file; else a folder, where names stay (MP3 becomes .wav)",
+    )
+    add_output_arguments(parser)
+    add_model_argument(parser)
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of a model."""
+    parser.add_argument(
+        "--model", type=Path, help="a model.onnx with its model.json beside it (default: the bundled model)"
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the choices of how to enhance and how to write."""
+    parser.add_argument(
+        "--attenuation-limit-db",
+        type=float,
+        metavar="DB",
+        help="lower noise by at most this much (default: no limit)",
+    )
+    parser.add_argument(
+        "--mix", type=float, default=1.0, help="0 gives the input, 1 the enhanced signal (default: 1)"
+    )
+    parser.add_argument("--no-postfilter", action="store_true", help="keep more residual noise")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="format of the outputs (default: by OUT's suffix, or as the input); ogg is Vorbis unless the "
+        "input is Opus",
+    )
+
+
+def controls_of(arguments: argparse.Namespace) -> Controls:
+    """The controls chosen on the command line."""
+    return Controls(arguments.attenuation_limit_db, arguments.mix, not arguments.no_postfilter)
+
+
+def check_target(source: Path, target: Path, arguments: argparse.Namespace) -> None:
+    """Raise ParameterError if a file is there that may not be replaced; the recording itself never may."""
+    if not target.exists():
+        return
+    if source.exists() and target.samefile(source):
+        raise ParameterError(f"{target} is the recording itself, which would be lost; choose another OUT")
+    if not arguments.force:
+        raise ParameterError(f"{target} exists; --force replaces it")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Enhance every file, tell what was done to each, and go on after one that fails."""
+    controls = controls_of(arguments)
+    jobs = list(_jobs(arguments.inputs, arguments.output, arguments.format))
+    enhancer = Enhancer(Model.load(arguments.model))
+    n_failed = 0
+    files = tqdm(jobs, unit="file", disable=None if len(jobs) > 1 else True, delay=BAR_DELAY_SECONDS)
+    with orderly_end():
+        for source, target in files:
+            try:
+                check_target(source, target, arguments)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                summary = _enhance_with_bar(source, target, controls, enhancer, arguments.format)
+                tqdm.write(f"{source} → {target}: {in_words(summary)}", file=sys.stdout)
+            except (PercepNetError, OSError) as error:
+                n_failed += 1
+                tqdm.write(f"percepnet: {source}: {reason(error)}", file=sys.stderr)
+    return EXIT_FAILED if n_failed else 0
+
+
+@contextmanager
+def orderly_end() -> Iterator[None]:
+    """Let SIGTERM, too, end the `with` blocks inside, so that no partial file stays behind."""
+
+    def end(*_: object) -> None:
+        sys.exit(EXIT_TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _enhance_with_bar(
+    source: Path, target: Path, controls: Controls, enhancer: Enhancer, format: str | None
+) -> Summary:
+    with progress_bar(source) as show:
+        return enhance_file(
+            source, target, controls=controls, enhancer=enhancer, format=format, progress=show
+        )
+
+
+@contextmanager
+def progress_bar(source: Path) -> Iterator[Callable[[int, int], None]]:
+    """A bar for one file, on a terminal; it is told the samples done and the samples expected."""
+    with tqdm(
+        desc=source.name, unit="sample", unit_scale=True, leave=False, disable=None, delay=BAR_DELAY_SECONDS
+    ) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = max(done, total)
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def in_words(summary: Summary) -> str:
+    """What was done to a file."""
+    channels = "1 channel" if summary.channels == 1 else f"{summary.channels} channels"
+    words = (
+        f"{summary.seconds:.1f} s, {channels}, {summary.sample_rate} Hz, enhanced in "
+        f"{summary.processing_seconds:.2f} s ({1 / summary.real_time_factor:.0f} × real time)"
+    )
+    if summary.clipped_samples:
+        words += f", {summary.clipped_samples} samples clipped"
+    return words
+
+
+def _jobs(inputs: list[str], output: str, format: str | None) -> Iterator[tuple[Path, Path]]:
+    """Pairs of a file to read and a file to write."""
+    folder = Path(output)
+    sources = [pair for text in inputs for pair in _sources(text, folder)]
+    to_folder = folder.is_dir() or output.endswith(os.sep)
+    if len(sources) == 1 and not Path(inputs[0]).is_dir() and not to_folder:
+        yield sources[0][0], folder
+        return
+    if folder.is_file() or (not to_folder and folder.suffix.lower() in READABLE_SUFFIXES):
+        raise ParameterError(f"{output} is a file's name; a folder or several files need a folder as OUT")
+    taken: dict[Path, Path] = {}
+    for source, relative in sources:
+        suffix = f".{format}" if format else source.suffix
+        target = folder / relative.with_suffix(suffix if suffix.lower() in FORMAT_OF_SUFFIX else ".wav")
+        if target in taken:
+            raise ParameterError(f"{taken[target]} and {source} would both be written to {target}")
+        taken[target] = source
+        yield source, target
+
+
+def _sources(text: str, output: Path) -> Iterator[tuple[Path, Path]]:
+    """The files that one IN stands for, each with its place below an output folder."""
+    path = Path(text)
+    if path.is_dir():
+        below = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in READABLE_SUFFIXES and p.is_file())
+        # An output folder inside the input folder keeps what an earlier run wrote.
+        found = [p for p in below if not p.resolve().is_relative_to(output.resolve())]
+        if not found:
+            raise ParameterError(f"{text} holds no audio files ({', '.join(READABLE_SUFFIXES)})")
+        yield from ((p, p.relative_to(path)) for p in found)
+    elif not path.exists() and glob.has_magic(text):
+        matches = sorted(glob.glob(text, recursive=True))
+        if not matches:
+            raise ParameterError(f"nothing matches {text}")
+        for match in matches:
+            yield from _sources(match, output)
+    else:
+        yield path, Path(path.name)
