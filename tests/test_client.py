@@ -218,7 +218,7 @@ def test_a_cancelled_asyncio_task_gives_its_place_back(target: str) -> None:
 
 def test_a_broken_connection_leaves_no_trace(link: Link, enhancer: Enhancer) -> None:
     """Cut between messages, with parameters changed and a passage ended on the way."""
-    samples = noise(9_600)
+    samples = noise(7_200)
     with Client(link.target) as client, client.stream(RATE, compensate_delay=True) as stream:
         passages = []
         for controls in (Controls(), Controls(mix=0.5)):
