@@ -113,6 +113,9 @@ class Metrics:
             ("outcome",),
             registry=self.registry,
         )
+        # Our own failures are there from the start, at 0: already the first must show as an increase.
+        self.streams.labels("internal")
+        self.errors.labels("internal")
         self.streams_rejected = Counter(
             "percepnet_streams_rejected",
             "Live streams refused because there was no room.",
