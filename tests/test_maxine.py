@@ -7,6 +7,7 @@ or one status that names what was wrong.
 import io
 import logging
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -252,3 +253,19 @@ def test_uploads_that_stop_or_never_begin_give_their_places_back(enhancer: Enhan
             assert why in late.value.details()
         told.set()
         assert service.metric("percepnet_files_accepted") == 0
+
+
+def test_a_server_that_stops_finishes_the_files_it_has(enhancer: Enhancer) -> None:
+    file = wav(8_000, 1, "PCM_16")
+    with serving(enhancer, shutdown_grace_seconds=TIMEOUT_SECONDS) as service:
+
+        def speak() -> Iterator[bnr.EnhanceAudioRequest]:
+            yield audio(file[:1_000])
+            eventually(lambda: service.metric("percepnet_files_accepted") == 1, "a place taken")
+            service.server.should_exit = True
+            eventually(lambda: service.server.health.stopping, "the end")
+            time.sleep(1.5)  # longer than calls are left alone without a grace
+            yield audio(file[1_000:])
+
+        answers = list(service.enhance_audio(speak()))
+    assert b"".join(answer.audio_stream_data for answer in answers) == enhanced(file, enhancer)
