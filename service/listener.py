@@ -18,9 +18,14 @@ import grpc
 from service.board import Board
 
 QUIET_SECONDS = 0.02
-"""No stream was opened for so long: one that comes while a worker leaves is cancelled, not told to retry."""
+"""A full worker leaves when no stream was opened for so long: one that comes just then is cancelled, not told
+when to come back."""
+
+PATIENCE_SECONDS = 0.25
+"""After this time it leaves all the same."""
 
 CHECK_SECONDS = 0.25
+"""How often it sees whether to come back."""
 
 _AS_LONG_AS_IT_TAKES = 10 * 365 * 86_400.0
 
@@ -38,15 +43,16 @@ class Listener:
         self._servers: set[grpc.aio.Server] = set()  # that have connections
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = -math.inf  # when the latest stream was
+        self._full_since = math.inf
+        self._stopped = False
 
     async def start(self) -> None:
         """Listen; raises RuntimeError if the address cannot be had."""
         await self._listen()
-        if len(self._board.slots) > 1:
-            self._run(self._keep_checking())
 
     async def stop(self, grace: float) -> None:
         """Take no more connections, and end those there are within the grace, in seconds."""
+        self._stopped = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
@@ -55,23 +61,31 @@ class Listener:
         """A stream came in."""
         self._opened = time.monotonic()
         if len(self._board.slots) > 1:
-            asyncio.get_running_loop().call_later(1.1 * QUIET_SECONDS, self._check)
+            self._check_in(1.1 * QUIET_SECONDS)
 
-    async def _keep_checking(self) -> None:
-        while True:
-            await asyncio.sleep(CHECK_SECONDS)
-            self._check()
+    def _check_in(self, seconds: float) -> None:
+        asyncio.get_running_loop().call_later(seconds, self._check)
 
     def _check(self) -> None:
         """Leave new connections to others, or take them again."""
-        mine, room_elsewhere = self._board.mine, self._board.room_elsewhere
+        if self._stopped:
+            return
+        mine, room_elsewhere, now = self._board.mine, self._board.room_elsewhere, time.monotonic()
         room = mine.capacity - mine.streams
-        quiet = time.monotonic() - self._opened >= QUIET_SECONDS
+        if room > 0:
+            self._full_since = math.inf
+        else:
+            self._full_since = min(self._full_since, now)
+        quiet = now - self._opened >= QUIET_SECONDS or now - self._full_since >= PATIENCE_SECONDS
         if self._listening is not None and room <= 0 and room_elsewhere and quiet:
             server, self._listening = self._listening, None
             self._run(self._retire(server))
-        elif self._listening is None and (room > mine.capacity // 8 or not room_elsewhere):
-            self._run(self._listen())
+            self._check_in(CHECK_SECONDS)
+        elif self._listening is None:
+            if room > mine.capacity // 8 or not room_elsewhere:
+                self._run(self._listen())
+            else:
+                self._check_in(CHECK_SECONDS)
 
     async def _listen(self) -> None:
         self._listening = self._build()
