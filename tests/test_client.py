@@ -477,3 +477,80 @@ def test_keys_and_certificates_open_the_door(enhancer: Enhancer, certificates: d
             ):
                 client.stream(RATE)
             assert refused.value.code() is code
+
+
+def test_asyncio_streams_leave_a_server_that_stops_and_tell_of_one_that_is_lost(
+    enhancer: Enhancer, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pods, "LOOK_UP_SECONDS", 0)
+    samples = noise(4_800)
+
+    async def main(stopping: Server) -> np.ndarray:
+        names = Names(address(stopping))
+        async with AsyncClient("calls:50051", resolver=names, patience_seconds=0.3) as client:
+            stream = await client.stream(RATE, compensate_delay=True)
+            outputs = [await stream.push(samples[:1_600])]
+            names.addresses = [target]
+            stopping.should_exit = True
+            await asyncio.to_thread(eventually, lambda: stopping.health.stopping, "the end")
+            outputs += [await stream.push(chunk) for chunk in chunks(samples[1_600:])]
+            assert stream.reconnections == 1
+            outputs.append(await stream.end())
+            names.addresses = ["127.0.0.9:9"]
+            for call in (client.stream(RATE), client.status()):
+                with pytest.raises(grpc.RpcError) as lost:
+                    await call
+                assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
+        return np.concatenate(outputs)
+
+    with running(enhancer, shutdown_grace_seconds=30) as stopping:
+        output = asyncio.run(main(stopping))
+    np.testing.assert_array_equal(output, enhance(samples, RATE, enhancer=enhancer))
+
+
+def test_asyncio_sending_waits_while_nobody_receives(target: str) -> None:
+    async def main() -> None:
+        async with AsyncClient(target) as client, client.stream(RATE) as stream:
+            sent = []
+
+            async def speak() -> None:
+                for chunk in chunks(noise(2 * RATE), 1_600):
+                    await stream.send(chunk)
+                    sent.append(chunk)
+
+            speaker = asyncio.create_task(speak())
+            await asyncio.sleep(0.3)
+            assert len(sent) == 11
+            for _ in range(20):
+                answer = await stream.receive()
+                assert answer is not None
+                assert len(answer.samples) == 1_600
+            await speaker
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def failing() -> Iterator[np.ndarray]:
+    yield noise(160)
+    raise LookupError("no more audio")
+
+
+def test_a_source_that_fails_ends_the_pipe_with_its_error(target: str) -> None:
+    async def main() -> None:
+        async with AsyncClient(target) as client:
+            stream = await client.stream(RATE)
+            async for _ in stream.pipe(failing()):
+                pass
+
+    with Client(target) as client, pytest.raises(LookupError, match="no more audio"):
+        list(client.stream(RATE).pipe(failing()))
+    with pytest.raises(LookupError, match="no more audio"):
+        asyncio.run(main())
+
+
+def test_a_pipe_that_is_left_gives_its_place_back(target: str) -> None:
+    with Client(target) as client:
+        pipe = client.stream(RATE).pipe(noise(160) for _ in range(10_000))
+        assert len(next(pipe)) == 160
+        pipe.close()
+        eventually(lambda: client.status().active_streams == 0, "an idle server")
