@@ -22,3 +22,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+class SnapshotError(PercepNetError):
+    """Bytes that are no snapshot of a stream, or one of another version, model, or kind of stream."""

@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from percepnet import snapshot
 from percepnet.errors import ParameterError
 
 MIN_RATE = 8_000
@@ -86,6 +87,15 @@ class Resampler:
         self._position -= consumed * self._up
         self._buffer = buffer[..., consumed:].copy()
         return output
+
+    def save(self) -> snapshot.Arrays:
+        """The memory, for `restore`."""
+        return {"buffer": self._buffer, "position": np.array(self._position)}
+
+    def restore(self, arrays: snapshot.Arrays, name: str) -> None:
+        """Go on from the memory, saved as `name`, of one between the same rates; raises SnapshotError."""
+        self._buffer = snapshot.take(arrays, f"{name}.buffer", np.float32, *self._buffer.shape[:-1], None)
+        self._position = int(snapshot.take(arrays, f"{name}.position", np.int64))
 
     def _coefficients(self, phases: np.ndarray) -> np.ndarray:
         """Filters (m, taps) for fractions phases/up of an input sample."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 
+from percepnet import snapshot
 from percepnet.audio import AudioReader, AudioWriter, choose_encoding
 from percepnet.constants import HOP, LATENCY_SAMPLES, SAMPLE_RATE
 from percepnet.enhancer import Enhancer
@@ -58,6 +59,25 @@ class FrameAdapter:
         """Turn enhanced frames, (streams, frames·480) float32, into samples at the callers' rate."""
         return samples if self._from_48k is None else self._from_48k.push(samples)
 
+    def save(self, name: str) -> snapshot.Arrays:
+        """The memory by names that begin with `name`, for `restore`."""
+        arrays = {f"{name}.rest": self._rest}
+        for part, resampler in self._resamplers.items():
+            arrays |= snapshot.flatten(resampler.save(), f"{name}.{part}")
+        return arrays
+
+    def restore(self, arrays: snapshot.Arrays, name: str) -> None:
+        """Go on from the memory, saved as `name`, of one for as many streams; raises SnapshotError."""
+        self._rest = snapshot.take(arrays, f"{name}.rest", np.float32, len(self._rest), None)
+        for part, resampler in self._resamplers.items():
+            resampler.restore(arrays, f"{name}.{part}")
+
+    @property
+    def _resamplers(self) -> dict[str, Resampler]:
+        if self._to_48k is None or self._from_48k is None:
+            return {}
+        return {"to_48k": self._to_48k, "from_48k": self._from_48k}
+
 
 class _Streams:
     """Streams of one sample rate that run together; (streams, n) float32 in and out."""
@@ -69,6 +89,7 @@ class _Streams:
         self._controls = controls
         self._enhancer = enhancer or bundled_enhancer()
         self._state = self._enhancer.initial_state(n_streams)
+        self._sample_rate = sample_rate
         self._shape = (n_streams, math.ceil(sample_rate * HOP / SAMPLE_RATE))
         self._n_in = self._n_out = 0
         self._ended = False
@@ -94,6 +115,30 @@ class _Streams:
         tail = self.push(np.zeros((n_streams, self.latency_samples + 2 * hop), np.float32))
         self._ended = True
         return tail[:, :missing]
+
+    def save(self) -> bytes:
+        """A snapshot."""
+        if self._ended:
+            raise ParameterError("the stream was flushed and has ended; nothing is left to save")
+        arrays = {
+            "sample_rate": np.array(self._sample_rate),
+            "counts": np.array([self._n_in, self._n_out]),
+            **self._adapter.save("adapter"),
+            **snapshot.flatten(self._state, "path"),
+        }
+        return snapshot.pack(arrays, self._enhancer.model.manifest.sha256)
+
+    @classmethod
+    def restore(cls, data: bytes, n_streams: int, controls: Controls, enhancer: Enhancer | None) -> Self:
+        """As many streams as were saved, at the point where they were."""
+        enhancer = enhancer or bundled_enhancer()
+        arrays = snapshot.unpack(data, enhancer.model.manifest.sha256)
+        streams = cls(n_streams, int(snapshot.take(arrays, "sample_rate", np.int64)), controls, enhancer)
+        streams._n_in, streams._n_out = snapshot.take(arrays, "counts", np.int64, 2).tolist()
+        streams._adapter.restore(arrays, "adapter")
+        streams._state = snapshot.take_state(arrays, "path", streams._state)
+        snapshot.finish(arrays)
+        return streams
 
 
 class Stream:
@@ -137,6 +182,26 @@ class Stream:
         when called twice.
         """
         return self._streams.flush()[0]
+
+    def save(self) -> bytes:
+        """Return a snapshot, some 50 kB, from which `restore` goes on; the stream itself may go on too.
+
+        It holds the last 0.11 s of audio. Raises ParameterError after `flush`.
+        """
+        return self._streams.save()
+
+    @classmethod
+    def restore(
+        cls, data: bytes, *, controls: Controls = Controls(), enhancer: Enhancer | None = None
+    ) -> Self:
+        """Make a stream that goes on where another one was saved, sample for sample.
+
+        data: the snapshot, made by the same version with the same model. controls: of the saved stream, or
+        new ones, from the next frame on. Raises SnapshotError.
+        """
+        stream = cls(enhancer=enhancer)
+        stream._streams = _Streams.restore(data, 1, controls, enhancer)
+        return stream
 
 
 def enhance(
