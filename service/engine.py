@@ -16,9 +16,10 @@ from math import gcd
 
 import numpy as np
 
-from percepnet import rows
+from percepnet import rows, snapshot
 from percepnet.constants import HOP, SAMPLE_RATE
 from percepnet.enhancer import Enhancer, Findings
+from percepnet.errors import ParameterError, SnapshotError
 from percepnet.stream import FrameAdapter
 from percepnet.synthesis import Controls, FrameControls
 from service import pcm
@@ -165,6 +166,55 @@ class Session:
             self._report += (*found.sum(axis=1), found.shape[1])
         self._settle(self._since)
 
+    def save(self) -> snapshot.Arrays:
+        """All that is remembered of the passage beside the engine's row, once no frames wait.
+
+        Raises ParameterError while a message waits for samples that come after it.
+        """
+        if self._asked:
+            raise ParameterError(
+                f"hand_over: {self._asked[0].n_samples} samples wait for more audio; "
+                f"the config promised messages of {self.options.message_samples}"
+            )
+        counts = [self._n_heard, self._n_asked, self._n_answered, self._n_made, self._drop]
+        return {
+            "config": self._config,
+            "counts": np.array(counts),
+            "report": self._report,
+            "made": np.concatenate([np.zeros(0, self.options.encoding), *self._made]),
+            **self._adapter.save("adapter"),
+        }
+
+    def restore(self, arrays: snapshot.Arrays) -> None:
+        """Go on from what was saved; raises SnapshotError."""
+        config = snapshot.take(arrays, "config", np.int64, len(self._config))
+        if (config != self._config).any():
+            raise SnapshotError("resume.state: of a stream with another config")
+        counts = snapshot.take(arrays, "counts", np.int64, 5).tolist()
+        self._n_heard, self._n_asked, self._n_answered, self._n_made, self._drop = counts
+        self._report = snapshot.take(arrays, "report", np.float64, 4)
+        self._made = deque([snapshot.take(arrays, "made", self.options.encoding, None)])
+        self._adapter.restore(arrays, "adapter")
+
+    @property
+    def n_heard(self) -> int:
+        """Input samples of the passage so far."""
+        return self._n_heard
+
+    @property
+    def _config(self) -> np.ndarray:
+        """What must not change with the server; the parameters may."""
+        chosen = self.options
+        return np.array(
+            [
+                chosen.sample_rate,
+                chosen.encoding.itemsize,
+                chosen.message_samples,
+                chosen.compensate_delay,
+                chosen.report,
+            ]
+        )
+
     def fail(self, error: Exception) -> None:
         """Give the session up."""
         self.error = self.error or error
@@ -304,6 +354,25 @@ class Engine:
         self._rest()
         rows.put(self._state, rows.select([session.row]), self._nothing_heard)
         self._now[:, session.row] = self._aim[:, session.row]
+
+    def save(self, session: Session) -> bytes:
+        """A snapshot of a session of which no frames wait, with its parameters; raises ParameterError."""
+        row = rows.select([session.row])
+        controls = np.stack([self._now[:, session.row], self._aim[:, session.row]])
+        arrays = session.save() | {"controls": controls}
+        arrays |= snapshot.flatten(rows.take(self._state, row), "path")
+        return snapshot.pack(arrays, self._model.manifest.sha256)
+
+    def restore(self, session: Session, data: bytes) -> None:
+        """Let a session that has heard nothing go on from a snapshot; raises SnapshotError."""
+        arrays = snapshot.unpack(data, self._model.manifest.sha256)
+        session.restore(arrays)
+        self._now[:, session.row], self._aim[:, session.row] = snapshot.take(
+            arrays, "controls", np.float32, 2, 2
+        )
+        state = snapshot.take_state(arrays, "path", self._nothing_heard)
+        snapshot.finish(arrays)
+        rows.put(self._state, rows.select([session.row]), state)
 
     def expect(self, session: Session) -> None:
         """A session has whole frames waiting."""

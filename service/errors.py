@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from percepnet.errors import AudioError, ParameterError, UnsupportedAudioError
+from percepnet.errors import AudioError, ParameterError, SnapshotError, UnsupportedAudioError
 
 
 class ServiceError(Exception):
@@ -100,6 +100,12 @@ ANSWERS: dict[type[Exception], Answer] = {
     ParameterError: Answer(
         "bad_parameter", 422, "INVALID_ARGUMENT", "A parameter is unknown, given twice or out of range."
     ),
+    SnapshotError: Answer(
+        "state_refused",
+        409,
+        "FAILED_PRECONDITION",
+        "The state that a live stream should go on from is refused.",
+    ),
     IdleError: Answer("idle", 408, "DEADLINE_EXCEEDED", "The live stream sent nothing for too long."),
     SlowReaderError: Answer(
         "slow_reader", 408, "RESOURCE_EXHAUSTED", "The live stream did not read its answers."
@@ -117,7 +123,7 @@ ANSWERS: dict[type[Exception], Answer] = {
 }
 """Looked up by the exception's class, then by its bases, nearest first."""
 
-NOT_ABOUT_FILES = (ClientGoneError, IdleError, SlowReaderError)
+NOT_ABOUT_FILES = (ClientGoneError, IdleError, SlowReaderError, SnapshotError)
 """Never told to the caller of `/enhance`."""
 
 RETRY_AFTER_SECONDS = 5

@@ -95,7 +95,9 @@ def samples(data: bytes, kind: np.dtype, longest: int) -> np.ndarray:
     return pcm.decode(data, kind)
 
 
-def started(session: Session, manifest: Manifest, idle_seconds: float) -> pb.EnhanceStreamResponse:
+def started(
+    session: Session, manifest: Manifest, idle_seconds: float, challenge: bytes
+) -> pb.EnhanceStreamResponse:
     """Answers the config."""
     chosen = session.options
     config = pb.StreamConfig(
@@ -113,8 +115,19 @@ def started(session: Session, manifest: Manifest, idle_seconds: float) -> pb.Enh
             model_version=manifest.version,
             config=config,
             idle_timeout_seconds=idle_seconds,
+            challenge=challenge,
         )
     )
+
+
+def handed_over(session: Session, state: bytes) -> pb.EnhanceStreamResponse:
+    """Brings the state of a session."""
+    return pb.EnhanceStreamResponse(handed_over=pb.HandedOver(state=state, position=session.n_heard))
+
+
+def resumed(session: Session) -> pb.EnhanceStreamResponse:
+    """Answers a state that was taken."""
+    return pb.EnhanceStreamResponse(resumed=pb.Resumed(position=session.n_heard))
 
 
 def response(answer: Answer, session: Session, draining: bool) -> pb.EnhanceStreamResponse:

@@ -109,8 +109,13 @@ class Metrics:
         )
         self.streams = Counter(
             "percepnet_streams",
-            "Live streams that ended or were refused, by outcome: ok or the code of their failure.",
+            "Live streams that ended or were refused, by outcome: ok, handed_over or a failure's code.",
             ("outcome",),
+            registry=self.registry,
+        )
+        self.streams_resumed = Counter(
+            "percepnet_streams_resumed",
+            "Live streams that went on here from the state that another server gave them.",
             registry=self.registry,
         )
         # Our own failures are there from the start, at 0: already the first must show as an increase.

@@ -176,6 +176,15 @@ class Settings:
         default=None,
         metadata=_meaning(Path, "authorities (PEM) one of which must have signed a client's certificate"),
     )
+    handover_keys_file: Path | None = field(
+        default=None,
+        metadata=_meaning(
+            Path,
+            "keys that all servers of a service share to hand live streams over, one on each line: the first "
+            "signs, all count; read again when it changes",
+            unset="none, and none is handed over",
+        ),
+    )
     log_level: str = field(
         default="info", metadata=_meaning(_log_level, f"least severe lines logged: {', '.join(LOG_LEVELS)}")
     )

@@ -14,6 +14,7 @@ from service.access import Access
 from service.callers import Caller
 from service.engine import DEADLINE_SECONDS, Engine, Session
 from service.errors import BusyError, ClientGoneError, IdleError, SlowReaderError, StoppingError, answer_for
+from service.handover import Seals
 from service.logs import logger
 from service.messages import pb
 from service.metrics import Metrics
@@ -42,6 +43,7 @@ class Streams:
     """All live streams of one process; its methods are called on the event loop.
 
     settings: limits of the deployment. access: limits of each caller. manifest: of the model that serves.
+    Raises FilesError if the keys for hand-over cannot be used.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Streams:
         self.engine = engine
         self.manifest = manifest
         self.metrics = metrics
+        self.seals = Seals(settings)
         self.stopping: Callable[[], bool] = lambda: False
         self._conversations: set[Conversation] = set()
 
@@ -119,6 +122,8 @@ class Conversation:
         self._room = asyncio.Event()  # the reader may go on
         self._ending = False
         self._misses = 0
+        self._challenge = b""  # that a state must be made for
+        self._outcome = "ok"
 
     @property
     def begun(self) -> bool:
@@ -161,18 +166,25 @@ class Conversation:
             return
         self._session = session = self._engine.open(messages.opening(request), self._answered.set)
         self._log("stream opened", sample_rate_hz=session.options.sample_rate)
-        settings = self._streams.settings
-        await self._write(messages.started(session, self._streams.manifest, settings.stream_idle_seconds))
+        self._challenge = self._streams.seals.challenge()
+        idle_seconds = self._streams.settings.stream_idle_seconds
+        await self._write(messages.started(session, self._streams.manifest, idle_seconds, self._challenge))
         self._writer = asyncio.create_task(self._write_answers(session))
         self._writer.add_done_callback(self._writer_ended)
-        await self._read_messages(session)
+        hand_over = await self._read_messages(session)
+        while session.n_frames:
+            await asyncio.sleep(DEADLINE_SECONDS)
         self._ending = True
         self._answered.set()
         await asyncio.shield(self._writer)
+        if hand_over is not None:
+            state = self._streams.seals.seal(self._engine.save(session), hand_over.challenge)
+            await self._write(messages.handed_over(session, state))
+            self._outcome = "handed_over"
 
     def _close(self, error: BaseException | None) -> None:
         """Give the place back, and write the books."""
-        outcome = "ok"
+        outcome = self._outcome
         if error is not None:
             outcome = answer_for(error if isinstance(error, Exception) else ClientGoneError()).code
         self._metrics.streams.labels(outcome).inc()
@@ -195,10 +207,11 @@ class Conversation:
             deadline_misses=self._misses,
         )
 
-    async def _read_messages(self, session: Session) -> None:
+    async def _read_messages(self, session: Session) -> pb.HandOver | None:
+        """Take messages up to the end, or to what asks for the stream's state."""
         limit = round(self._streams.settings.stream_queue_seconds * session.options.sample_rate)
         longest = session.options.sample_rate * messages.MAX_MESSAGE_SECONDS
-        ended = False
+        begins, ended = True, False
         while not ended:
             request = await self._read()
             now = time.monotonic()
@@ -217,11 +230,21 @@ class Conversation:
                 while session.n_passages == passages:
                     await self._wait_for_room()
                 ended = kind == "end"
+            elif kind == "hand_over":
+                assert request is not None
+                return request.hand_over
+            elif kind == "resume" and begins:
+                assert request is not None
+                self._engine.restore(session, self._streams.seals.open(request.resume.state, self._challenge))
+                await self._write(messages.resumed(session))
+                self._metrics.streams_resumed.inc()
             else:
                 raise ParameterError(
                     f"payload: {messages.payload(request)} came; after the config accepted are audio, "
-                    "parameters, flush and end"
+                    "parameters, flush, hand_over and end, and first of all resume"
                 )
+            begins = False
+        return None
 
     async def _wait_for_room(self) -> None:
         self._room.clear()

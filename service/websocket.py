@@ -78,12 +78,13 @@ class _Wire:
                 self._drains = audio.draining
                 await self._send(text=_text({"audio": _described(audio)}))
             await self._send(bytes=audio.audio)
-        elif kind == "parameters":
-            updated = response.parameters
-            values = {"parameters": _values(updated.parameters), "position": updated.position}
-            await self._send(text=_text({"parameters": values}))
         else:
-            await self._send(text=_text({"started": _values(response.started)}))
+            assert kind is not None
+            message = getattr(response, kind)
+            values = _values(message)
+            if "position" in values:  # a text in protobuf's own JSON
+                values["position"] = message.position
+            await self._send(text=_text({kind: values}))
 
     def release(self, writer: asyncio.Task[None]) -> None:
         """Let go of a message that waits to be taken."""
@@ -129,7 +130,7 @@ def _parse(text: str) -> pb.EnhanceStreamRequest:
 
 
 def _described(audio: pb.EnhancedAudio) -> dict[str, Any]:
-    """What it holds beside its samples; in protobuf's own JSON the position would be a text."""
+    """What it holds beside its samples."""
     names = ("position", "flushed", "queued_samples", "draining")
     report = {"report": _values(audio.report)} if audio.HasField("report") else {}
     return {name: getattr(audio, name) for name in names} | report

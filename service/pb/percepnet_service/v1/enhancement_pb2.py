@@ -24,43 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1service/pb/percepnet_service/v1/enhancement.proto\x12\x14percepnet_service.v1\"\x8a\x01\n\nParameters\x12!\n\x14\x61ttenuation_limit_db\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x03mix\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x17\n\npostfilter\x18\x03 \x01(\x08H\x02\x88\x01\x01\x42\x17\n\x15_attenuation_limit_dbB\x06\n\x04_mixB\r\n\x0b_postfilter\"\xd1\x01\n\x0cStreamConfig\x12\x16\n\x0esample_rate_hz\x18\x01 \x01(\r\x12\x30\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1e.percepnet_service.v1.Encoding\x12\x34\n\nparameters\x18\x03 \x01(\x0b\x32 .percepnet_service.v1.Parameters\x12\x17\n\x0fmessage_samples\x18\x04 \x01(\r\x12\x18\n\x10\x63ompensate_delay\x18\x05 \x01(\x08\x12\x0e\n\x06report\x18\x06 \x01(\x08\"\xf8\x01\n\x14\x45nhanceStreamRequest\x12\x34\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\".percepnet_service.v1.StreamConfigH\x00\x12\x0f\n\x05\x61udio\x18\x02 \x01(\x0cH\x00\x12\x36\n\nparameters\x18\x03 \x01(\x0b\x32 .percepnet_service.v1.ParametersH\x00\x12,\n\x05\x66lush\x18\x04 \x01(\x0b\x32\x1b.percepnet_service.v1.FlushH\x00\x12(\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x19.percepnet_service.v1.EndH\x00\x42\t\n\x07payload\"\x07\n\x05\x46lush\"\x05\n\x03\x45nd\"\xcf\x01\n\x15\x45nhanceStreamResponse\x12\x36\n\x07started\x18\x01 \x01(\x0b\x32#.percepnet_service.v1.StreamStartedH\x00\x12\x34\n\x05\x61udio\x18\x02 \x01(\x0b\x32#.percepnet_service.v1.EnhancedAudioH\x00\x12=\n\nparameters\x18\x03 \x01(\x0b\x32\'.percepnet_service.v1.ParametersUpdatedH\x00\x42\t\n\x07payload\"\xa3\x01\n\rStreamStarted\x12\x15\n\rdelay_samples\x18\x01 \x01(\r\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\x32\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\".percepnet_service.v1.StreamConfig\x12\x1c\n\x14idle_timeout_seconds\x18\x05 \x01(\x01\"\x99\x01\n\rEnhancedAudio\x12\r\n\x05\x61udio\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\x12\x12,\n\x06report\x18\x03 \x01(\x0b\x32\x1c.percepnet_service.v1.Report\x12\x0f\n\x07\x66lushed\x18\x04 \x01(\x08\x12\x16\n\x0equeued_samples\x18\x05 \x01(\r\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"I\n\x06Report\x12\x1a\n\x12speech_probability\x18\x01 \x01(\x02\x12\x10\n\x08pitch_hz\x18\x02 \x01(\x02\x12\x11\n\tmean_gain\x18\x03 \x01(\x02\"[\n\x11ParametersUpdated\x12\x34\n\nparameters\x18\x01 \x01(\x0b\x32 .percepnet_service.v1.Parameters\x12\x10\n\x08position\x18\x02 \x01(\x12\"\xa3\x01\n\x12\x45nhanceClipRequest\x12\x16\n\x0esample_rate_hz\x18\x01 \x01(\r\x12\x30\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1e.percepnet_service.v1.Encoding\x12\x34\n\nparameters\x18\x03 \x01(\x0b\x32 .percepnet_service.v1.Parameters\x12\r\n\x05\x61udio\x18\x04 \x01(\x0c\"O\n\x13\x45nhanceClipResponse\x12\r\n\x05\x61udio\x18\x01 \x01(\x0c\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\"\x12\n\x10GetStatusRequest\"\x95\x01\n\x11GetStatusResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x63tive_streams\x18\x04 \x01(\r\x12\x17\n\x0fstream_capacity\x18\x05 \x01(\r\x12\x11\n\taccepting\x18\x06 \x01(\x08*L\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45NCODING_S16LE\x10\x01\x12\x12\n\x0e\x45NCODING_F32LE\x10\x02\x32\xc4\x02\n\x12\x45nhancementService\x12l\n\rEnhanceStream\x12*.percepnet_service.v1.EnhanceStreamRequest\x1a+.percepnet_service.v1.EnhanceStreamResponse(\x01\x30\x01\x12\x62\n\x0b\x45nhanceClip\x12(.percepnet_service.v1.EnhanceClipRequest\x1a).percepnet_service.v1.EnhanceClipResponse\x12\\\n\tGetStatus\x12&.percepnet_service.v1.GetStatusRequest\x1a\'.percepnet_service.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1service/pb/percepnet_service/v1/enhancement.proto\x12\x14percepnet_service.v1\"\x8a\x01\n\nParameters\x12!\n\x14\x61ttenuation_limit_db\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x03mix\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x17\n\npostfilter\x18\x03 \x01(\x08H\x02\x88\x01\x01\x42\x17\n\x15_attenuation_limit_dbB\x06\n\x04_mixB\r\n\x0b_postfilter\"\xd1\x01\n\x0cStreamConfig\x12\x16\n\x0esample_rate_hz\x18\x01 \x01(\r\x12\x30\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1e.percepnet_service.v1.Encoding\x12\x34\n\nparameters\x18\x03 \x01(\x0b\x32 .percepnet_service.v1.Parameters\x12\x17\n\x0fmessage_samples\x18\x04 \x01(\r\x12\x18\n\x10\x63ompensate_delay\x18\x05 \x01(\x08\x12\x0e\n\x06report\x18\x06 \x01(\x08\"\xdd\x02\n\x14\x45nhanceStreamRequest\x12\x34\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\".percepnet_service.v1.StreamConfigH\x00\x12\x0f\n\x05\x61udio\x18\x02 \x01(\x0cH\x00\x12\x36\n\nparameters\x18\x03 \x01(\x0b\x32 .percepnet_service.v1.ParametersH\x00\x12,\n\x05\x66lush\x18\x04 \x01(\x0b\x32\x1b.percepnet_service.v1.FlushH\x00\x12(\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x19.percepnet_service.v1.EndH\x00\x12\x33\n\thand_over\x18\x06 \x01(\x0b\x32\x1e.percepnet_service.v1.HandOverH\x00\x12.\n\x06resume\x18\x07 \x01(\x0b\x32\x1c.percepnet_service.v1.ResumeH\x00\x42\t\n\x07payload\"\x07\n\x05\x46lush\"\x05\n\x03\x45nd\"\x1d\n\x08HandOver\x12\x11\n\tchallenge\x18\x01 \x01(\x0c\"\x17\n\x06Resume\x12\r\n\x05state\x18\x01 \x01(\x0c\"\xba\x02\n\x15\x45nhanceStreamResponse\x12\x36\n\x07started\x18\x01 \x01(\x0b\x32#.percepnet_service.v1.StreamStartedH\x00\x12\x34\n\x05\x61udio\x18\x02 \x01(\x0b\x32#.percepnet_service.v1.EnhancedAudioH\x00\x12=\n\nparameters\x18\x03 \x01(\x0b\x32\'.percepnet_service.v1.ParametersUpdatedH\x00\x12\x37\n\x0bhanded_over\x18\x04 \x01(\x0b\x32 .percepnet_service.v1.HandedOverH\x00\x12\x30\n\x07resumed\x18\x05 \x01(\x0b\x32\x1d.percepnet_service.v1.ResumedH\x00\x42\t\n\x07payload\"\xb6\x01\n\rStreamStarted\x12\x15\n\rdelay_samples\x18\x01 \x01(\r\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\x32\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\".percepnet_service.v1.StreamConfig\x12\x1c\n\x14idle_timeout_seconds\x18\x05 \x01(\x01\x12\x11\n\tchallenge\x18\x06 \x01(\x0c\"-\n\nHandedOver\x12\r\n\x05state\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\x12\"\x1b\n\x07Resumed\x12\x10\n\x08position\x18\x01 \x01(\x12\"\x99\x01\n\rEnhancedAudio\x12\r\n\x05\x61udio\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\x12\x12,\n\x06report\x18\x03 \x01(\x0b\x32\x1c.percepnet_service.v1.Report\x12\x0f\n\x07\x66lushed\x18\x04 \x01(\x08\x12\x16\n\x0equeued_samples\x18\x05 \x01(\r\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"I\n\x06Report\x12\x1a\n\x12speech_probability\x18\x01 \x01(\x02\x12\x10\n\x08pitch_hz\x18\x02 \x01(\x02\x12\x11\n\tmean_gain\x18\x03 \x01(\x02\"[\n\x11ParametersUpdated\x12\x34\n\nparameters\x18\x01 \x01(\x0b\x32 .percepnet_service.v1.Parameters\x12\x10\n\x08position\x18\x02 \x01(\x12\"\xa3\x01\n\x12\x45nhanceClipRequest\x12\x16\n\x0esample_rate_hz\x18\x01 \x01(\r\x12\x30\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1e.percepnet_service.v1.Encoding\x12\x34\n\nparameters\x18\x03 \x01(\x0b\x32 .percepnet_service.v1.Parameters\x12\r\n\x05\x61udio\x18\x04 \x01(\x0c\"O\n\x13\x45nhanceClipResponse\x12\r\n\x05\x61udio\x18\x01 \x01(\x0c\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\"\x12\n\x10GetStatusRequest\"\x95\x01\n\x11GetStatusResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x63tive_streams\x18\x04 \x01(\r\x12\x17\n\x0fstream_capacity\x18\x05 \x01(\r\x12\x11\n\taccepting\x18\x06 \x01(\x08*L\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45NCODING_S16LE\x10\x01\x12\x12\n\x0e\x45NCODING_F32LE\x10\x02\x32\xc4\x02\n\x12\x45nhancementService\x12l\n\rEnhanceStream\x12*.percepnet_service.v1.EnhanceStreamRequest\x1a+.percepnet_service.v1.EnhanceStreamResponse(\x01\x30\x01\x12\x62\n\x0b\x45nhanceClip\x12(.percepnet_service.v1.EnhanceClipRequest\x1a).percepnet_service.v1.EnhanceClipResponse\x12\\\n\tGetStatus\x12&.percepnet_service.v1.GetStatusRequest\x1a\'.percepnet_service.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'service.pb.percepnet_service.v1.enhancement_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODING']._serialized_start=1814
-  _globals['_ENCODING']._serialized_end=1890
+  _globals['_ENCODING']._serialized_start=2173
+  _globals['_ENCODING']._serialized_end=2249
   _globals['_PARAMETERS']._serialized_start=76
   _globals['_PARAMETERS']._serialized_end=214
   _globals['_STREAMCONFIG']._serialized_start=217
   _globals['_STREAMCONFIG']._serialized_end=426
   _globals['_ENHANCESTREAMREQUEST']._serialized_start=429
-  _globals['_ENHANCESTREAMREQUEST']._serialized_end=677
-  _globals['_FLUSH']._serialized_start=679
-  _globals['_FLUSH']._serialized_end=686
-  _globals['_END']._serialized_start=688
-  _globals['_END']._serialized_end=693
-  _globals['_ENHANCESTREAMRESPONSE']._serialized_start=696
-  _globals['_ENHANCESTREAMRESPONSE']._serialized_end=903
-  _globals['_STREAMSTARTED']._serialized_start=906
-  _globals['_STREAMSTARTED']._serialized_end=1069
-  _globals['_ENHANCEDAUDIO']._serialized_start=1072
-  _globals['_ENHANCEDAUDIO']._serialized_end=1225
-  _globals['_REPORT']._serialized_start=1227
-  _globals['_REPORT']._serialized_end=1300
-  _globals['_PARAMETERSUPDATED']._serialized_start=1302
-  _globals['_PARAMETERSUPDATED']._serialized_end=1393
-  _globals['_ENHANCECLIPREQUEST']._serialized_start=1396
-  _globals['_ENHANCECLIPREQUEST']._serialized_end=1559
-  _globals['_ENHANCECLIPRESPONSE']._serialized_start=1561
-  _globals['_ENHANCECLIPRESPONSE']._serialized_end=1640
-  _globals['_GETSTATUSREQUEST']._serialized_start=1642
-  _globals['_GETSTATUSREQUEST']._serialized_end=1660
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1663
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1812
-  _globals['_ENHANCEMENTSERVICE']._serialized_start=1893
-  _globals['_ENHANCEMENTSERVICE']._serialized_end=2217
+  _globals['_ENHANCESTREAMREQUEST']._serialized_end=778
+  _globals['_FLUSH']._serialized_start=780
+  _globals['_FLUSH']._serialized_end=787
+  _globals['_END']._serialized_start=789
+  _globals['_END']._serialized_end=794
+  _globals['_HANDOVER']._serialized_start=796
+  _globals['_HANDOVER']._serialized_end=825
+  _globals['_RESUME']._serialized_start=827
+  _globals['_RESUME']._serialized_end=850
+  _globals['_ENHANCESTREAMRESPONSE']._serialized_start=853
+  _globals['_ENHANCESTREAMRESPONSE']._serialized_end=1167
+  _globals['_STREAMSTARTED']._serialized_start=1170
+  _globals['_STREAMSTARTED']._serialized_end=1352
+  _globals['_HANDEDOVER']._serialized_start=1354
+  _globals['_HANDEDOVER']._serialized_end=1399
+  _globals['_RESUMED']._serialized_start=1401
+  _globals['_RESUMED']._serialized_end=1428
+  _globals['_ENHANCEDAUDIO']._serialized_start=1431
+  _globals['_ENHANCEDAUDIO']._serialized_end=1584
+  _globals['_REPORT']._serialized_start=1586
+  _globals['_REPORT']._serialized_end=1659
+  _globals['_PARAMETERSUPDATED']._serialized_start=1661
+  _globals['_PARAMETERSUPDATED']._serialized_end=1752
+  _globals['_ENHANCECLIPREQUEST']._serialized_start=1755
+  _globals['_ENHANCECLIPREQUEST']._serialized_end=1918
+  _globals['_ENHANCECLIPRESPONSE']._serialized_start=1920
+  _globals['_ENHANCECLIPRESPONSE']._serialized_end=1999
+  _globals['_GETSTATUSREQUEST']._serialized_start=2001
+  _globals['_GETSTATUSREQUEST']._serialized_end=2019
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2022
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2171
+  _globals['_ENHANCEMENTSERVICE']._serialized_start=2252
+  _globals['_ENHANCEMENTSERVICE']._serialized_end=2576
 # @@protoc_insertion_point(module_scope)

@@ -42,18 +42,22 @@ class StreamConfig(_message.Message):
     def __init__(self, sample_rate_hz: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., message_samples: _Optional[int] = ..., compensate_delay: _Optional[bool] = ..., report: _Optional[bool] = ...) -> None: ...
 
 class EnhanceStreamRequest(_message.Message):
-    __slots__ = ("config", "audio", "parameters", "flush", "end")
+    __slots__ = ("config", "audio", "parameters", "flush", "end", "hand_over", "resume")
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     AUDIO_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     FLUSH_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVER_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     config: StreamConfig
     audio: bytes
     parameters: Parameters
     flush: Flush
     end: End
-    def __init__(self, config: _Optional[_Union[StreamConfig, _Mapping]] = ..., audio: _Optional[bytes] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., flush: _Optional[_Union[Flush, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ...) -> None: ...
+    hand_over: HandOver
+    resume: Resume
+    def __init__(self, config: _Optional[_Union[StreamConfig, _Mapping]] = ..., audio: _Optional[bytes] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., flush: _Optional[_Union[Flush, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., hand_over: _Optional[_Union[HandOver, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ...) -> None: ...
 
 class Flush(_message.Message):
     __slots__ = ()
@@ -63,29 +67,61 @@ class End(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class HandOver(_message.Message):
+    __slots__ = ("challenge",)
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
+    challenge: bytes
+    def __init__(self, challenge: _Optional[bytes] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ("state",)
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    state: bytes
+    def __init__(self, state: _Optional[bytes] = ...) -> None: ...
+
 class EnhanceStreamResponse(_message.Message):
-    __slots__ = ("started", "audio", "parameters")
+    __slots__ = ("started", "audio", "parameters", "handed_over", "resumed")
     STARTED_FIELD_NUMBER: _ClassVar[int]
     AUDIO_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     started: StreamStarted
     audio: EnhancedAudio
     parameters: ParametersUpdated
-    def __init__(self, started: _Optional[_Union[StreamStarted, _Mapping]] = ..., audio: _Optional[_Union[EnhancedAudio, _Mapping]] = ..., parameters: _Optional[_Union[ParametersUpdated, _Mapping]] = ...) -> None: ...
+    handed_over: HandedOver
+    resumed: Resumed
+    def __init__(self, started: _Optional[_Union[StreamStarted, _Mapping]] = ..., audio: _Optional[_Union[EnhancedAudio, _Mapping]] = ..., parameters: _Optional[_Union[ParametersUpdated, _Mapping]] = ..., handed_over: _Optional[_Union[HandedOver, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ...) -> None: ...
 
 class StreamStarted(_message.Message):
-    __slots__ = ("delay_samples", "model_name", "model_version", "config", "idle_timeout_seconds")
+    __slots__ = ("delay_samples", "model_name", "model_version", "config", "idle_timeout_seconds", "challenge")
     DELAY_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
     delay_samples: int
     model_name: str
     model_version: str
     config: StreamConfig
     idle_timeout_seconds: float
-    def __init__(self, delay_samples: _Optional[int] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., config: _Optional[_Union[StreamConfig, _Mapping]] = ..., idle_timeout_seconds: _Optional[float] = ...) -> None: ...
+    challenge: bytes
+    def __init__(self, delay_samples: _Optional[int] = ..., model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., config: _Optional[_Union[StreamConfig, _Mapping]] = ..., idle_timeout_seconds: _Optional[float] = ..., challenge: _Optional[bytes] = ...) -> None: ...
+
+class HandedOver(_message.Message):
+    __slots__ = ("state", "position")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    state: bytes
+    position: int
+    def __init__(self, state: _Optional[bytes] = ..., position: _Optional[int] = ...) -> None: ...
+
+class Resumed(_message.Message):
+    __slots__ = ("position",)
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    def __init__(self, position: _Optional[int] = ...) -> None: ...
 
 class EnhancedAudio(_message.Message):
     __slots__ = ("audio", "position", "report", "flushed", "queued_samples", "draining")
