@@ -41,7 +41,7 @@ class MixingConfig:
     # Speakers and kinds of noise are drawn with a probability ∝ duration^exponent: 0 is one share for each.
     speaker_exponent: float = 0.7
     kind_exponent: float = 0.5
-    speed_share: float = 0.3
+    speed_share: float = 0.5
     speed_range: float = 0.12  # as a fraction of the speed; pitch follows
     colour_share: float = 0.6  # random equalization, of speech and of each noise
     noises: tuple[float, ...] = (0.55, 0.3, 0.15)  # probabilities of 1, 2, 3 noises at once
@@ -50,6 +50,10 @@ class MixingConfig:
     babble_share: float = 0.08  # of noises
     babble_talkers: tuple[int, int] = (3, 8)
     babble_snr_min_db: float = 0.0  # below it nobody can tell who is meant
+    # Recordings of noise are few beside what callers hear: play them faster, slower, backwards.
+    noise_speed_share: float = 0.5
+    noise_speed_range: float = 0.4  # as a fraction of the speed
+    noise_reverse_share: float = 0.2
     switch_share: float = 0.15  # noises that come or go within the segment
     reverb_share: float = 0.35
     simulated_room_share: float = 0.75
@@ -252,6 +256,8 @@ class Mixer:
                 kind, noise = "babble", self._babble(rng, n)
             else:
                 kind, noise = self._recorded(rng, n)
+                if rng.random() < config.noise_reverse_share:
+                    noise = noise[::-1]
             if rng.random() < config.colour_share:
                 noise = _coloured(rng, noise)
             if room is not None and room.others and rng.random() < config.noise_in_room_share:
@@ -266,8 +272,17 @@ class Mixer:
         return total * np.float32(1 / level if level > 1e-3 else 0.0), tuple(kinds)
 
     def _recorded(self, rng: np.random.Generator, n: int) -> tuple[str, np.ndarray]:
-        """n samples of one kind of noise, its recordings crossfaded or repeated where they are short."""
+        """n samples of one kind of noise at a speed of its own."""
         rows = self._kinds.draw(rng)
+        kind = str(self._noise["category"][rows[0]])
+        if rng.random() >= self.config.noise_speed_share:
+            return kind, self._looped(rng, rows, n)
+        widest = round(self.config.noise_speed_range * _SPEED_STEPS)
+        speed = _SPEED_STEPS + int(rng.integers(-widest, widest + 1))
+        return kind, _sped_up(self._looped(rng, rows, n * speed // _SPEED_STEPS + 1), speed)[:n]
+
+    def _looped(self, rng: np.random.Generator, rows: np.ndarray, n: int) -> np.ndarray:
+        """n samples of one kind of noise, its recordings crossfaded or repeated where they are short."""
         noise = np.zeros(n, dtype=np.float32)
         fade = np.sin(np.linspace(0, np.pi / 2, 2 * _FADE, dtype=np.float32))
         gaps = rng.random() < 0.5
@@ -288,7 +303,7 @@ class Mixer:
             short = length < 3 * SAMPLE_RATE
             gap = int(rng.exponential(0.7) * SAMPLE_RATE) if short and gaps else 0
             position += max(len(clip) - overlap, _FADE) + gap
-        return str(self._noise["category"][rows[0]]), noise
+        return noise
 
     def _babble(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """Several talkers at once, none of them close."""

@@ -15,6 +15,7 @@ from percepnet.bands import band_energy, to_bins  # noqa: E402
 from percepnet.cli import main  # noqa: E402
 from percepnet.model import Model  # noqa: E402
 from percepnet.synthesis import restoration  # noqa: E402
+from percepnet.training import train as module  # noqa: E402
 from percepnet.training.dataset import LOSS_BINS, PoolConfig, make_shard  # noqa: E402
 from percepnet.training.export import export, restore  # noqa: E402
 from percepnet.training.losses import LossConfig, SpectralLoss  # noqa: E402
@@ -22,6 +23,7 @@ from percepnet.training.mixing import Mixer  # noqa: E402
 from percepnet.training.network import NetworkConfig, PercepNet  # noqa: E402
 from percepnet.training.train import CHECKPOINT, LOG, Checkpoint, TrainConfig, grow  # noqa: E402
 
+RECIPE = Path(module.__file__).parent
 TINY = TrainConfig(
     steps=6,
     batch=4,
@@ -78,8 +80,6 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(
     training_cache: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after its first checkpoint and started again, a run ends with the same weights and log."""
-    from percepnet.training import train as module
-
     step = module.Trainer.train_step
 
     def killed(trainer: module.Trainer) -> dict[str, float]:
@@ -124,6 +124,19 @@ def test_training_lowers_the_loss(training_cache: Path, tmp_path: Path) -> None:
     with (tmp_path / "run" / LOG).open(newline="") as file:
         values = [float(row["validation"]) for row in csv.DictReader(file) if row["validation"]]
     assert values[-1] < 0.8 * values[0]
+
+
+def test_the_recipe_of_the_shipped_model_runs(training_cache: Path, tmp_path: Path) -> None:
+    """Both stages of `make train`, cut to two steps, give a model of the shipped one's size that loads."""
+    start: tuple[str, ...] = ()
+    for stage in ("narrow", "wide"):
+        config = TrainConfig.from_json((RECIPE / f"{stage}.json").read_text())
+        short = dataclasses.replace(TINY, steps=2, network=config.network, loss=config.loss, seed=config.seed)
+        train(training_cache, tmp_path / stage, short, *start)
+        start = "--start-from", str(tmp_path / stage / CHECKPOINT)
+    assert main(["export", str(tmp_path / "wide"), str(tmp_path / "model"), "--version", "0.1"]) == 0
+    model = Model.load(tmp_path / "model")
+    assert model.manifest.n_weights == Model.load().manifest.n_weights
 
 
 def test_a_wider_network_starts_as_the_narrow_one() -> None:
