@@ -26,7 +26,9 @@ DOCUMENTATION: dict[str, Any] = {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
+                "description": "The parameters of the query may stand here instead, each in one place only.",
                 "required": [FILE_FIELD],
+                "additionalProperties": False,
                 "properties": {
                     FILE_FIELD: {"type": "string", "format": "binary", "description": "The recording."},
                 },

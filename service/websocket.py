@@ -125,7 +125,8 @@ def _caller(websocket: WebSocket, access: Access) -> Caller:
 def _parse(text: str) -> pb.EnhanceStreamRequest:
     try:
         return ParseDict(json.loads(text), pb.EnhanceStreamRequest())
-    except (ValueError, RecursionError, ParseError) as error:
+    # The last two are protobuf's way to say that a value is of another shape than its field.
+    except (ValueError, RecursionError, ParseError, TypeError, AttributeError) as error:
         raise ParameterError(f"the text is no EnhanceStreamRequest in JSON: {error}") from error
 
 
