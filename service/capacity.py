@@ -7,8 +7,7 @@ import numpy as np
 
 from percepnet.constants import HOP, SAMPLE_RATE
 from percepnet.enhancer import Enhancer
-from service.board import Board
-from service.engine import DEADLINE_SECONDS, Engine, Options
+from service.engine import DEADLINE_SECONDS, Engine, Options, Room
 from service.metrics import Metrics
 from service.pcm import S16LE
 
@@ -24,21 +23,21 @@ _ROUNDS = 8
 _WARM_UP = 3
 
 
-def measure(enhancer: Enhancer, share: float = 1.0) -> int:
-    """The streams that fit when each sends 10 ms at a time over an RPC of its own; at least one.
+def measure(enhancer: Enhancer, share: float = 1.0) -> Room:
+    """The room for live streams in a tick; it takes at least one that sends 10 ms at a time.
 
     share: of a core that this process may use. Takes about a tenth of a second.
     """
     few, many = (_round_seconds(enhancer, n) for n in _BATCHES)
-    each = max(0.0, (many - few) / (_BATCHES[1] - _BATCHES[0]))
+    each = max(1e-6, (many - few) / (_BATCHES[1] - _BATCHES[0]))
     fixed = max(0.0, few - each * _BATCHES[0])
-    budget = USABLE * min(share, 1.0) * DEADLINE_SECONDS
-    return max(1, int((budget - fixed) / (each + TRANSPORT_SECONDS)))
+    budget = USABLE * min(share, 1.0) * DEADLINE_SECONDS - fixed
+    return Room(max(budget, each + TRANSPORT_SECONDS), each, TRANSPORT_SECONDS)
 
 
 def _round_seconds(enhancer: Enhancer, n_streams: int) -> float:
     """CPU time of a round of the engine with one frame of so many streams: the quickest of some."""
-    engine = Engine(enhancer, n_streams, Metrics(enhancer.model, Board()))
+    engine = Engine(enhancer, n_streams, Metrics(enhancer.model))
     sessions = [engine.open(Options(SAMPLE_RATE, S16LE), lambda: None) for _ in range(n_streams)]
     noise = np.random.default_rng(0).normal(0, 0.1, (n_streams, HOP)).astype(np.float32)
     rounds = []

@@ -59,10 +59,11 @@ class StreamLoad(Collector):
         self._samples: deque[tuple[float, float]] = deque(maxlen=self.WINDOW_SECONDS + 1)
         self.sample()
 
-    def changed(self, active: int) -> None:
-        """So many streams are open from now on."""
+    def changed(self, active: int, capacity: int) -> None:
+        """So many streams are open from now on, and so many may be."""
         self._seconds, self._since = self.seconds, time.monotonic()
         self._slot.streams = self._active = active
+        self._slot.capacity = capacity
 
     @property
     def seconds(self) -> float:

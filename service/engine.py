@@ -50,6 +50,36 @@ class Options:
     compensate_delay: bool = False
     report: bool = False
 
+    @property
+    def messages_per_frame(self) -> float:
+        """How often its messages come, as far as that was promised; otherwise one with each frame."""
+        return self.sample_rate * DEADLINE_SECONDS / self.message_samples if self.message_samples else 1.0
+
+
+@dataclass
+class Room:
+    """What live streams may take of a process, in seconds of each frame's 10 ms, or in any other unit."""
+
+    left: float
+    stream: float = 1.0
+    """What each stream takes."""
+    message: float = 0.0
+    """What each of its messages takes besides."""
+
+    def cost(self, options: Options) -> float:
+        """What a stream takes."""
+        return self.stream + self.message * options.messages_per_frame
+
+    @property
+    def plain_streams(self) -> int:
+        """How many streams fit in what is left if they send 10 ms at a time."""
+        return int(self.left / (self.stream + self.message) + 1e-6)
+
+    @property
+    def most_streams(self) -> int:
+        """How many fit at most, however few messages they send."""
+        return int(self.left / self.stream + 1e-6)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -282,32 +312,39 @@ class Session:
 class Engine:
     """All live streams of one process, on one enhancer.
 
-    capacity: streams at once. on_work: called when frames came while none waited. All methods are called from
-    one thread.
+    capacity: streams at once, or the room for them. on_work: called when frames came while none waited. All
+    methods are called from one thread.
     """
 
-    def __init__(self, enhancer: Enhancer, capacity: int, metrics: Metrics) -> None:
+    def __init__(self, enhancer: Enhancer, capacity: int | Room, metrics: Metrics) -> None:
         self._model = MeteredModel(enhancer.model)
         self._enhancer = Enhancer(self._model)
         self._metrics = metrics
-        self.capacity = capacity
+        self._room = Room(capacity) if isinstance(capacity, int) else capacity
+        n_rows = self._room.most_streams
         self.cpu: CpuStages = metrics.cpu
         self.on_work: Callable[[], None] = lambda: None
         self.quiet = threading.Event()
         """Set while no frames wait; files have the CPU then."""
         self.quiet.set()
-        self._free = list(range(capacity))[::-1]
+        self._free = list(range(n_rows))[::-1]
         self._ready: dict[Session, None] = {}  # a set that keeps the order of arrival
-        self._state = enhancer.initial_state(capacity)
+        self._state = enhancer.initial_state(n_rows)
         self._nothing_heard = enhancer.initial_state(1)
         # Rows: share of the enhanced spectrum, share of the postfiltered gains.
-        self._now = np.ones((2, capacity), np.float32)
-        self._aim = np.ones((2, capacity), np.float32)
+        self._now = np.ones((2, n_rows), np.float32)
+        self._aim = np.ones((2, n_rows), np.float32)
+        metrics.load.changed(0, self.capacity)
 
     @property
     def active(self) -> int:
         """Sessions that are open."""
-        return self.capacity - len(self._free)
+        return self._aim.shape[1] - len(self._free)
+
+    @property
+    def capacity(self) -> int:
+        """Sessions that may be open: those that are, and as many as fit beside them."""
+        return self.active + self._room.plain_streams
 
     @property
     def queued_frames(self) -> int:
@@ -321,16 +358,18 @@ class Engine:
 
     def open(self, options: Options, on_answer: Callable[[], None]) -> Session:
         """Begin a session; raises BusyError if there is no room, ParameterError for a rate out of range."""
-        if not self._free:
+        cost = self._room.cost(options)
+        if cost > self._room.left * (1 + 1e-6) or not self._free:
             self._metrics.streams_rejected.inc()
             if self._metrics.board.room_elsewhere:
                 raise CrowdedError(
-                    f"all {self.capacity} live streams of this worker are taken; others have room"
+                    f"all {self.active} live streams of this worker are taken; others have room"
                 )
-            raise BusyError(f"all {self.capacity} live streams of this server are taken")
+            raise BusyError(f"all {self.active} live streams of this server are taken")
         session = Session(self, self._free[-1], options, on_answer)
         row = self._free.pop()
-        self._metrics.load.changed(self.active)
+        self._room.left -= cost
+        self._metrics.load.changed(self.active, self.capacity)
         self.aim(row, options.controls, at_once=True)
         self.forget(session)
         return session
@@ -339,7 +378,8 @@ class Engine:
         """End a session; frames that wait are dropped."""
         self._ready.pop(session, None)
         self._free.append(session.row)
-        self._metrics.load.changed(self.active)
+        self._room.left += self._room.cost(session.options)
+        self._metrics.load.changed(self.active, self.capacity)
         self._rest()
 
     def aim(self, row: int, controls: Controls, *, at_once: bool) -> None:

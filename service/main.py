@@ -18,7 +18,7 @@ from service import capacity, connections, cores, logs
 from service.access import Access
 from service.behind_live import BehindLive
 from service.board import Board
-from service.engine import Engine
+from service.engine import Engine, Room
 from service.files import Files
 from service.grpc_server import GrpcServer
 from service.health import Health
@@ -47,7 +47,6 @@ class Server(uvicorn.Server):
         self._until = until
         self._metrics = metrics = Metrics(enhancer.model, self._board)
         engine = Engine(enhancer, _capacity(settings, enhancer, self._board), metrics)
-        self._board.mine.capacity = engine.capacity
         metrics.queue_frames.set_function(lambda: engine.queued_frames)
         access = Access(settings)
         files = Files(settings, access, BehindLive(enhancer, engine), metrics)
@@ -126,7 +125,7 @@ def load_enhancer(settings: Settings) -> Enhancer:
     return enhancer
 
 
-def _capacity(settings: Settings, enhancer: Enhancer, board: Board) -> int:
+def _capacity(settings: Settings, enhancer: Enhancer, board: Board) -> int | Room:
     """Live streams that this worker carries: its part of what was set, or as many as it can."""
     n_workers = len(board.slots)
     if settings.max_streams is None:

@@ -61,9 +61,8 @@ def test_every_worker_tells_the_sum_of_all(boards: list[Board], random_model: Mo
     for i, worker in enumerate(workers):
         worker.streams.labels("ok").inc(i + 1)
         worker.stream_latency.observe(0.004)
-        worker.load.changed(i)
+        worker.load.changed(i, 20)
         worker.queue_frames.set(10)
-        worker.board.mine.capacity = 20
         worker.publish()
     for worker in workers:
         values = told(worker)
@@ -83,7 +82,7 @@ def test_counters_go_on_and_gauges_end_with_a_lost_worker(boards: list[Board], r
     lost, other = (Metrics(random_model, each) for each in boards[:2])
     lost.streams.labels("ok").inc(5)
     lost.deadline_misses.inc(2)
-    lost.load.changed(4)
+    lost.load.changed(4, 20)
     lost.queue_frames.set(10)
     lost.publish()
     assert told(other)["percepnet_streams_active"] == 4

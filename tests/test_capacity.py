@@ -1,0 +1,61 @@
+"""How many live streams a process says it can carry."""
+
+import pytest
+
+from percepnet.enhancer import Enhancer
+from percepnet.model import Model
+from service import capacity
+from service.engine import Engine, Options, Room
+from service.errors import BusyError
+from service.metrics import Metrics
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine whose rounds take 1 ms, and 0.1 ms more for each stream."""
+    monkeypatch.setattr(capacity, "_round_seconds", lambda enhancer, n: 1e-3 + 1e-4 * n)
+
+
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        pytest.param(1.0, 35, id="(8 ms − 1 ms) / (0.1 ms + 0.1 ms)"),
+        pytest.param(float("inf"), 35, id="more than a core"),
+        pytest.param(0.5, 15, id="half a core"),
+        pytest.param(0.01, 1, id="hardly any"),
+    ],
+)
+def test_streams_fill_the_usable_part_of_a_core(random_model: Model, share: float, expected: int) -> None:
+    assert capacity.measure(Enhancer(random_model), share).plain_streams == expected
+
+
+def test_this_machine_carries_a_stream(random_model: Model) -> None:
+    assert capacity.measure(Enhancer(random_model)).plain_streams >= 1
+
+
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize(
+    ("milliseconds", "expected"),
+    [pytest.param(0, 35, id="any length"), (10, 35), (20, 46), (100, 63), (5, 23)],
+)
+def test_fewer_messages_leave_room_for_more_streams(
+    random_model: Model, milliseconds: int, expected: int
+) -> None:
+    enhancer = Enhancer(random_model)
+    metrics = Metrics(random_model)
+    engine = Engine(enhancer, capacity.measure(enhancer), metrics)
+    options = Options(16_000, message_samples=16 * milliseconds)
+    sessions = [engine.open(options, lambda: None) for _ in range(expected)]
+    with pytest.raises(BusyError):
+        engine.open(options, lambda: None)
+    assert expected <= metrics.board.mine.capacity <= expected + 1
+    for session in sessions:
+        engine.close(session)
+    assert metrics.board.mine.capacity == engine.capacity == 35
+
+
+def test_room_is_what_is_left() -> None:
+    assert Room(8).plain_streams == Room(8).most_streams == 8
+    assert Room(1.0, 0.1, 0.1).plain_streams == 5
+    assert Room(1.0, 0.1, 0.1).most_streams == 10
