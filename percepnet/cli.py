@@ -33,6 +33,7 @@ COMMANDS = {
     "info": Command("show the model, the delay and the CPU's path", "percepnet.info"),
     "stream": Command("enhance a file through live streams of a server", "service.client.command"),
     "serve": Command("run the service", "service.serve"),
+    "load": Command("measure what live streams cost a server", "service.load"),
     "oracle": Command("show what perfect gains would reach", "percepnet.oracle", "measure"),
     "bench": Command("measure the speed on this machine", "percepnet.bench"),
     "prepare": Command("turn recordings into training data", "percepnet.training.prepare", "train"),
