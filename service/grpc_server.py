@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from percepnet.errors import ParameterError
 from percepnet.stream import enhance
-from service import maxine, messages, pcm
+from service import maxine, messages, pcm, wakeups
 from service.access import Access
 from service.callers import Caller
 from service.errors import BusyError, ClientGoneError, StoppingError, UnauthenticatedError, answer_for, told
@@ -75,6 +75,7 @@ class GrpcServer:
         """Listen; raises RuntimeError if the address cannot be had. state: whether the process stops."""
         self._streams.start(lambda: state.stopping)
         self._ticker = Ticker(self._engine)
+        wakeups.gather(asyncio.get_running_loop())
         self._listener = Listener(self._build, self._board)
         await self._listener.start()
         for service in ("", SERVICE, maxine.SERVICE):

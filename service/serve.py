@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if n_workers > 1:
         return Supervisor(settings, vars(args), n_workers).run()
 
+    cores.share_calmly()
     from service.main import FAILURES, Server, load_enhancer  # a supervisor has no use for all this
 
     try:

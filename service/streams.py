@@ -257,12 +257,11 @@ class Conversation:
         self._heard = time.monotonic()
         return request
 
-    async def _write(self, response: pb.EnhanceStreamResponse) -> float:
-        """Send a response; returns when it was on its way."""
+    async def _write(self, response: pb.EnhanceStreamResponse) -> None:
+        """Send a response."""
         self._writing = time.monotonic()
         await self._wire.write(response)
         self._writing = None
-        return time.monotonic()
 
     async def _write_answers(self, session: Session) -> None:
         while True:
@@ -271,7 +270,8 @@ class Conversation:
             while session.answers:
                 answer = session.answers.popleft()
                 response = messages.response(answer, session, self._streams.stopping())
-                took = await self._write(response) - answer.since
+                took = time.monotonic() - answer.since
+                await self._write(response)
                 self._metrics.stream_latency.observe(took)
                 if took > DEADLINE_SECONDS:
                     self._misses += 1

@@ -14,6 +14,7 @@ def main(text: str) -> int:
     """Serve until told to stop, or until the supervisor is gone; returns the exit status of the process."""
     seat = Seat.parse(text)
     cores.pin(seat.worker, seat.n_workers)
+    cores.share_calmly()
     settings = Settings.load(os.environ, seat.flags | {"grpc_listen": seat.grpc_listen})
     logs.configure(settings.log_threshold)
     board = Board(seat.n_workers, seat.worker, seat.board)
