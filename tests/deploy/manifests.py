@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-OVERLAYS = ("kubernetes", "autoscaling/hpa", "autoscaling/keda")
-"""What is applied, as folders of deploy/."""
+OVERLAYS = ("kubernetes", "autoscaling/hpa", "autoscaling/keda", "../tests/deploy/secured")
+"""What is applied, as folders seen from deploy/."""
 
 Object = dict[str, Any]
 
@@ -49,6 +49,12 @@ def settings_map(objects: list[Object]) -> dict[str, str]:
         if entry["kind"] == "ConfigMap" and all(key.startswith("PERCEPNET_") for key in entry["data"])
     )
     return found
+
+
+def environment(objects: list[Object]) -> dict[str, str]:
+    """All variables of the container."""
+    own = {variable["name"]: variable["value"] for variable in container(objects).get("env", ())}
+    return settings_map(objects) | own
 
 
 def container(objects: list[Object]) -> Object:

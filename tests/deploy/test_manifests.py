@@ -18,6 +18,7 @@ from manifests import (
     Object,
     behavior,
     container,
+    environment,
     only,
     overlay,
     quantity,
@@ -107,9 +108,28 @@ def test_all_that_has_a_namespace_is_in_one(objects: list[Object]) -> None:
 
 
 def test_the_environment_is_made_of_settings_with_values_that_are_accepted(objects: list[Object]) -> None:
-    environment = settings_map(objects)
-    assert unknown_variables(environment) == []
-    Settings.load(environment, {})
+    variables = environment(objects)
+    assert unknown_variables(variables) == []
+    Settings.load(variables, {})
+
+
+def test_files_that_settings_name_are_mounted_from_secrets(objects: list[Object]) -> None:
+    settings = Settings.load(environment(objects), {})
+    named = (settings.tls_cert, settings.tls_key, settings.tls_client_ca, settings.api_keys_file)
+    pod = only(objects, "Deployment")["spec"]["template"]["spec"]
+    secret = {volume["name"] for volume in pod["volumes"] if "secret" in volume}
+    folders = {
+        Path(mount["mountPath"]) for mount in container(objects)["volumeMounts"] if mount["name"] in secret
+    }
+    assert {path.parent for path in named if path} == folders
+
+
+def test_probes_and_prometheus_speak_tls_where_the_service_does() -> None:
+    objects = overlay("../tests/deploy/secured")
+    assert Settings.load(environment(objects), {}).tls_client_ca is not None
+    probes = [probe for key, probe in container(objects).items() if key.endswith("Probe")]
+    assert {probe["httpGet"]["scheme"] for probe in probes} == {"HTTPS"}
+    assert only(objects, "PodMonitor")["spec"]["podMetricsEndpoints"][0]["scheme"] == "https"
 
 
 def test_the_container_reads_the_settings_and_nothing_injects_others(objects: list[Object]) -> None:
@@ -170,8 +190,9 @@ def test_the_grace_covers_the_drain_and_what_comes_before_it(objects: list[Objec
 def test_files_fit_into_the_only_folder_that_is_writable(objects: list[Object]) -> None:
     settings = Settings.load(settings_map(objects), {})
     pod = only(objects, "Deployment")["spec"]["template"]["spec"]
-    assert [mount["mountPath"] for mount in container(objects)["volumeMounts"]] == ["/tmp"]
-    room = quantity(pod["volumes"][0]["emptyDir"]["sizeLimit"])
+    writable = [mount for mount in container(objects)["volumeMounts"] if not mount.get("readOnly")]
+    assert [mount["mountPath"] for mount in writable] == ["/tmp"]
+    (room,) = (quantity(volume["emptyDir"]["sizeLimit"]) for volume in pod["volumes"] if "emptyDir" in volume)
     needed = settings.max_requests * (settings.max_upload_mib + settings.max_result_mib) * MEBIBYTE
     assert needed <= room < quantity(container(objects)["resources"]["limits"]["ephemeral-storage"])
 
