@@ -115,7 +115,13 @@ def test_the_environment_is_made_of_settings_with_values_that_are_accepted(objec
 
 def test_files_that_settings_name_are_mounted_from_secrets(objects: list[Object]) -> None:
     settings = Settings.load(environment(objects), {})
-    named = (settings.tls_cert, settings.tls_key, settings.tls_client_ca, settings.api_keys_file)
+    named = (
+        settings.tls_cert,
+        settings.tls_key,
+        settings.tls_client_ca,
+        settings.api_keys_file,
+        settings.handover_keys_file,
+    )
     pod = only(objects, "Deployment")["spec"]["template"]["spec"]
     secret = {volume["name"] for volume in pod["volumes"] if "secret" in volume}
     folders = {
