@@ -39,9 +39,7 @@ class Access:
         certified = connection.state.transport.get_extra_info("peercert")
         if self.tls is not None and self.tls.wants_clients and not certified:
             raise UnauthenticatedError("this service accepts only callers with a client certificate")
-        client = connection.client
-        peer = f"{client.host}:{client.port}" if client else "unknown"
-        return self.caller(peer, connection.headers if headers is None else headers)
+        return self.caller(peer_of(connection), connection.headers if headers is None else headers)
 
     def _key_name(self, headers: Mapping[str, str]) -> str | None:
         """The name of the key that came; None if none is wanted."""
@@ -57,3 +55,9 @@ class Access:
         if name is None:
             raise UnauthenticatedError("the API key is not known here")
         return name
+
+
+def peer_of(connection: HTTPConnection) -> str:
+    """Address and port at the other end."""
+    client = connection.client
+    return f"{client.host}:{client.port}" if client else "unknown"

@@ -1,6 +1,7 @@
 """uvicorn's connections, and what this service needs beyond: who is at the other end, and when to end."""
 
 import asyncio
+import logging
 import socket
 from functools import partial
 from typing import Any
@@ -13,6 +14,9 @@ MAX_MESSAGE_BYTES = 1024 * 1024
 """Of a WebSocket: above all that is accepted, so that what is a little too long gets a declared error."""
 
 _SEND_BUFFER_BYTES = 128 * 1024  # two thirds of a second at most, more than is under way on any healthy line
+
+_LOGGER = logging.getLogger("uvicorn.error.websocket")
+_LOGGER.setLevel(logging.WARNING)
 
 
 class _Http(H11Protocol):
@@ -59,7 +63,9 @@ class _WebSocket(WebSocketsSansIOProtocol):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        self.conn.debug = False  # at that level it would log the headers, and API keys with them
+        # The stream's own lines tell of it, and nothing may log headers or queries, and API keys with them.
+        self.logger = self.conn.logger = _LOGGER
+        self.conn.debug = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)

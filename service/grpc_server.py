@@ -47,6 +47,7 @@ _OPTIONS = (
     ("grpc.http2.bdp_probe", 0),  # windows that grow would let a caller pile up audio in the transport
     ("grpc.keepalive_time_ms", 20_000),  # notices callers that vanished
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 600_000),  # of callers that hold connections without a call
 )
 
 _HEALTH = "/grpc.health.v1.Health/"
@@ -92,7 +93,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", int(shared)),
                 *((("grpc.max_connection_age_ms", round(1000 * age)),) if age else ()),
             ),
-            interceptors=[_Gate(self._access)],
+            interceptors=[_Gate(self._access, self._streams)],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
@@ -216,8 +217,9 @@ async def _guard(context: grpc.aio.ServicerContext, work: Awaitable[Any]) -> Any
 class _Gate(grpc.aio.ServerInterceptor):
     """Refuses the RPCs of unknown callers before a handler hears of them; everybody may ask for health."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, streams: Streams) -> None:
         self._access = access
+        self._streams = streams
 
     async def intercept_service(
         self,
@@ -225,19 +227,26 @@ class _Gate(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         """Let a known caller through to the handler."""
-        if not details.method.startswith(_HEALTH):
-            try:
-                _known.set(self._access.caller("", dict(details.invocation_metadata or ())))
-            except UnauthenticatedError as error:
-                return grpc.stream_stream_rpc_method_handler(partial(_refuse, error))
-        return await continuation(details)
+        handler = await continuation(details)
+        if handler is None or details.method.startswith(_HEALTH):
+            return handler
+        try:
+            _known.set(self._access.caller("", dict(details.invocation_metadata or ())))
+        except UnauthenticatedError as error:
+            refuse = partial(self._refuse, error, is_stream=handler.response_streaming)
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        return handler
 
+    async def _refuse(
+        self, error: Exception, _: Any, context: grpc.aio.ServicerContext, *, is_stream: bool
+    ) -> None:
+        if is_stream:
+            self._streams.refused(Caller(context.peer()), error)
 
-async def _refuse(error: Exception, _: Any, context: grpc.aio.ServicerContext) -> None:
-    async def fail() -> None:
-        raise error
+        async def fail() -> None:
+            raise error
 
-    await _guard(context, fail())
+        await _guard(context, fail())
 
 
 def _caller(context: grpc.aio.ServicerContext) -> Caller:

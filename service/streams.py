@@ -84,6 +84,12 @@ class Streams:
         finally:
             self._conversations.discard(conversation)
 
+    def refused(self, caller: Caller, error: Exception) -> None:
+        """Write the books of a stream that never began."""
+        outcome = answer_for(error).code
+        self.metrics.streams.labels(outcome).inc()
+        logger.info("stream refused", extra={"fields": caller.fields | {"outcome": outcome}})
+
     @contextmanager
     def place(self, caller: Caller) -> Iterator[None]:
         """Hold one of the streams that a caller may have; raises LimitError, BusyError, StoppingError."""

@@ -9,10 +9,10 @@ from fastapi import WebSocket
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
 from percepnet.errors import ParameterError
-from service.access import Access
+from service.access import Access, peer_of
 from service.callers import Caller
 from service.connections import MAX_MESSAGE_BYTES
-from service.errors import ClientGoneError, TooLargeError, answer_for, told
+from service.errors import ClientGoneError, TooLargeError, UnauthenticatedError, answer_for, told
 from service.logs import logger
 from service.messages import pb
 from service.streams import Streams
@@ -37,7 +37,12 @@ async def serve(websocket: WebSocket, streams: Streams, access: Access) -> None:
     try:
         offered = websocket.scope["subprotocols"]
         await websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        await streams.converse(wire, _caller(websocket, access))
+        try:
+            caller = _caller(websocket, access)
+        except UnauthenticatedError as error:
+            streams.refused(Caller(peer_of(websocket)), error)
+            raise
+        await streams.converse(wire, caller)
         ending = wire.close(_OK, "")
     except ClientGoneError:
         return

@@ -189,6 +189,23 @@ def test_a_refusal_says_what_is_missing(locked: Callers) -> None:
         list(call)
 
 
+def test_refused_streams_are_counted_and_logged(locked: Callers, caplog: pytest.LogCaptureFixture) -> None:
+    def refused() -> float:
+        name = 'percepnet_streams_total{outcome="unauthenticated"} '
+        lines = locked.http.get("/metrics").text.splitlines()
+        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+    before = refused()
+    with caplog.at_level(logging.INFO, "percepnet.service"):
+        locked.websocket({})
+        with pytest.raises(grpc.RpcError):
+            locked.open_grpc({})
+        locked.grpc({})  # no stream
+        eventually(lambda: refused() == before + 2, "both streams counted")
+    outcomes = [record.fields["outcome"] for record in caplog.records if record.msg == "stream refused"]  # type: ignore[attr-defined]
+    assert outcomes == ["unauthenticated"] * 2
+
+
 def test_a_browser_offers_its_key_as_a_subprotocol(locked: Callers) -> None:
     assert locked.websocket({}, subprotocols=["percepnet.v1", f"percepnet.key.{BOB}"]) is None
     refused = locked.websocket({}, subprotocols=["percepnet.v1", "percepnet.key.wrong"])
@@ -205,6 +222,7 @@ def test_probes_metrics_and_documentation_are_open(locked: Callers) -> None:
 def test_the_log_names_the_key_and_never_tells_it(locked: Callers, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         locked.websocket({"x-api-key": BOB})
+        locked.websocket({}, subprotocols=["percepnet.v1", f"percepnet.key.{BOB}"])
         locked.rest({"x-api-key": ALICE})
         locked.rest({"x-api-key": "a-key-that-nobody-knows"})
         eventually(lambda: caplog.text.count("request") >= 2, "the lines")

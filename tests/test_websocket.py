@@ -295,10 +295,12 @@ def test_a_stream_leaves_two_lines_that_keep_the_trace(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    with caplog.at_level(logging.INFO, "percepnet.service"):
+    service.wait_for("percepnet_streams_active", 0)
+    with caplog.at_level(logging.INFO):
         with service.connect(additional_headers={"traceparent": trace}) as call:
             send(call, config=CONFIG)
             send(call, end={})
             assert ending(call)[0] == 1000
-        lines = [record for record in caplog.records if getattr(record, "fields", {}).get("traceparent")]
+        lines = [record for record in caplog.records if record.name.startswith(("percepnet", "uvicorn"))]
     assert [line.getMessage() for line in lines] == ["stream opened", "stream closed"]
+    assert {line.fields["traceparent"] for line in lines} == {trace}  # type: ignore[attr-defined]
