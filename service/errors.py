@@ -63,6 +63,10 @@ class SlowReaderError(ServiceError):
     """A live stream did not read its answers for too long."""
 
 
+class AheadError(ServiceError):
+    """A session that shares its RPC sent more than it may have unanswered."""
+
+
 class ClientGoneError(ServiceError):
     """The caller hung up: nobody reads the answer, but the log and the metrics name what happened."""
 
@@ -110,6 +114,9 @@ ANSWERS: dict[type[Exception], Answer] = {
     SlowReaderError: Answer(
         "slow_reader", 408, "RESOURCE_EXHAUSTED", "The live stream did not read its answers."
     ),
+    AheadError: Answer(
+        "ahead", 429, "RESOURCE_EXHAUSTED", "The session sent more than it may have unanswered."
+    ),
     ClientGoneError: Answer("client_gone", 499, "CANCELLED", "The caller hung up."),
     UnauthenticatedError: Answer(
         "unauthenticated", 401, "UNAUTHENTICATED", "A known API key or a client certificate is needed."
@@ -123,7 +130,7 @@ ANSWERS: dict[type[Exception], Answer] = {
 }
 """Looked up by the exception's class, then by its bases, nearest first."""
 
-NOT_ABOUT_FILES = (ClientGoneError, IdleError, SlowReaderError, SnapshotError)
+NOT_ABOUT_FILES = (AheadError, ClientGoneError, IdleError, SlowReaderError, SnapshotError)
 """Never told to the caller of `/enhance`."""
 
 RETRY_AFTER_SECONDS = 5

@@ -25,6 +25,7 @@ from service.listener import Listener
 from service.logs import logger
 from service.maxine import Maxine
 from service.messages import pb
+from service.multiplex import Multiplex
 from service.settings import Settings
 from service.streams import Streams
 from service.ticker import Ticker
@@ -108,6 +109,7 @@ class GrpcServer:
         # Bytes in and out: what does not parse is then ours to answer.
         handlers = {
             "EnhanceStream": grpc.stream_stream_rpc_method_handler(self._enhance_stream),
+            "EnhanceStreams": grpc.stream_stream_rpc_method_handler(self._enhance_streams),
             "EnhanceClip": grpc.unary_unary_rpc_method_handler(self._enhance_clip),
             "GetStatus": grpc.unary_unary_rpc_method_handler(self._get_status),
         }
@@ -134,6 +136,10 @@ class GrpcServer:
     async def _enhance_stream(self, _: Any, context: grpc.aio.ServicerContext) -> None:
         self._listener.stream_opened()
         await _guard(context, self._streams.converse(_GrpcWire(context), _caller(context)))
+
+    async def _enhance_streams(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+        self._listener.stream_opened()
+        await _guard(context, Multiplex(self._streams, context, _caller(context)).run())
 
     async def _enhance_audio(self, _: Any, context: grpc.aio.ServicerContext) -> None:
         self._listener.stream_opened()

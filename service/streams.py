@@ -39,6 +39,20 @@ class Wire(Protocol):
         """The stream is over: a writer that waits to send may be cancelled."""
 
 
+class Member(Protocol):
+    """What must not outlive its caller or the process."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to bring to an end."""
+
+    def fail(self, error: Exception) -> None:
+        """End with an error."""
+
+    def check(self, oldest: float) -> None:
+        """Fail if nothing moved since a time."""
+
+
 class Streams:
     """All live streams of one process; its methods are called on the event loop.
 
@@ -56,7 +70,7 @@ class Streams:
         self.metrics = metrics
         self.seals = Seals(settings)
         self.stopping: Callable[[], bool] = lambda: False
-        self._conversations: set[Conversation] = set()
+        self._conversations: set[Member] = set()
 
     def start(self, stopping: Callable[[], bool]) -> None:
         """Watch over the streams. stopping: whether new ones are refused."""
@@ -78,9 +92,15 @@ class Streams:
     async def converse(self, wire: Wire, caller: Caller) -> None:
         """Serve one stream to its end; raises what ended it early."""
         conversation = Conversation(self, wire, caller)
+        with self.watched(conversation):
+            await conversation.run()
+
+    @contextmanager
+    def watched(self, conversation: "Member") -> Iterator[None]:
+        """End it when it is silent for too long, or when the process stops."""
         self._conversations.add(conversation)
         try:
-            await conversation.run()
+            yield
         finally:
             self._conversations.discard(conversation)
 

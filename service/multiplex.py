@@ -1,0 +1,220 @@
+"""Many sessions over one RPC: each is a conversation as over an RPC of its own, on a wire that they share."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+
+import grpc
+
+from service import messages
+from service.callers import Caller
+from service.errors import (
+    AheadError,
+    BusyError,
+    ClientGoneError,
+    IdleError,
+    SlowReaderError,
+    StoppingError,
+    answer_for,
+    told,
+)
+from service.logs import logger
+from service.messages import pb
+from service.streams import Streams
+
+AHEAD_BYTES = 256 * 1024
+"""Requests of one session that may wait besides what it may have unanswered: a second of audio and more.
+HTTP/2 would hold an RPC of its own back; here that would hold back all sessions."""
+
+MESSAGE_BYTES = 1024 * 1024
+"""Answers of one message, and those that may wait for the caller to read: callers take 4 MiB by default."""
+
+_REMEMBERED = 1024
+"""Sessions that ended and for which requests may still be on their way."""
+
+
+class Multiplex:
+    """One EnhanceStreams RPC."""
+
+    def __init__(self, streams: Streams, context: grpc.aio.ServicerContext, caller: Caller) -> None:
+        self._streams = streams
+        self._context = context
+        self._caller = caller
+        self._wires: dict[int, _SessionWire] = {}
+        self._ended: dict[int, None] = {}  # a set that keeps the order
+        self._outbox: deque[pb.SessionResponse] = deque()
+        self._there = asyncio.Event()  # there are answers, or nothing more will come
+        self._room = asyncio.Event()  # answers may be added
+        self._room.set()
+        self._reader = asyncio.current_task()
+        self._error: Exception | None = None
+        self._ending = False
+        self._waiting_bytes = 0
+        self._moved = time.monotonic()  # when something last came, or a session was open
+        self._writing: float | None = None  # since when a message waits to be taken
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are sessions to bring to their end."""
+        return bool(self._wires)
+
+    def fail(self, error: Exception) -> None:
+        """End the RPC with an error."""
+        if self._error is None and self._reader is not None:
+            self._error = error
+            self._reader.cancel()
+
+    def check(self, oldest: float) -> None:
+        """Fail if there was no session, or a message waits to be taken, since a time."""
+        limit = f"{self._streams.settings.stream_idle_seconds:g} s"
+        if self._writing is not None and self._writing < oldest:
+            self.fail(SlowReaderError(f"the answers were not read for {limit}"))
+        elif not self._wires and self._moved < oldest:
+            self.fail(IdleError(f"no session was open for {limit}"))
+
+    async def run(self) -> None:
+        """Serve the RPC to its end; raises what ended it early."""
+        with self._streams.watched(self):
+            writer = asyncio.create_task(self._write_answers())
+            try:
+                while (data := await self._context.read()) is not grpc.aio.EOF:
+                    for request in messages.parse(pb.EnhanceStreamsRequest, data).sessions:
+                        self._take(request)
+                    await self._room.wait()
+                for wire in self._wires.values():
+                    wire.feed(None)
+                while self._wires:
+                    await asyncio.wait([wire.task for wire in self._wires.values()])
+                self._ending = True
+                self._there.set()
+                await writer
+            except asyncio.CancelledError:
+                if self._error is not None:
+                    raise self._error from None
+                raise
+            finally:
+                tasks = [writer, *(wire.task for wire in self._wires.values())]
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _take(self, request: pb.SessionRequest) -> None:
+        """Bring a request to its session; one that is not open yet begins with it."""
+        number, kind = request.session_id, request.request.WhichOneof("payload")
+        self._moved = time.monotonic()
+        wire = self._wires.get(number)
+        if wire is None:
+            if kind != "config" and number in self._ended:
+                return
+            if self._streams.stopping():
+                self._end(number, StoppingError("the server is stopping; open the session elsewhere"))
+                return
+            wire = self._wires[number] = _SessionWire(self, number)
+            wire.task = asyncio.create_task(self._serve(number, wire))
+        wire.feed(request.request)
+
+    async def _serve(self, number: int, wire: "_SessionWire") -> None:
+        error: Exception | None = None
+        try:
+            await self._streams.converse(wire, self._caller)
+        except Exception as raised:
+            error = raised
+        finally:
+            self._moved = time.monotonic()
+            del self._wires[number]
+        self._end(number, error)
+
+    def _end(self, number: int, error: Exception | None) -> None:
+        """Tell how a session ended."""
+        ended = pb.SessionEnded()
+        if error is not None:
+            answer = answer_for(error)
+            if answer.code == "internal":
+                logger.log(logging.ERROR, "session failed", exc_info=error)
+            ended.code = grpc.StatusCode[answer.grpc_code].value[0]
+            ended.message = told(error)
+            if isinstance(error, BusyError):
+                ended.retry_seconds = error.retry_seconds
+        self._ended[number] = None
+        if len(self._ended) > _REMEMBERED:
+            del self._ended[next(iter(self._ended))]
+        self._put(pb.SessionResponse(session_id=number, ended=ended))
+
+    async def send(self, number: int, response: pb.EnhanceStreamResponse) -> None:
+        """Add an answer of a session to the next message."""
+        await self._room.wait()
+        self._put(pb.SessionResponse(session_id=number, response=response))
+
+    def _put(self, response: pb.SessionResponse) -> None:
+        self._waiting_bytes += response.ByteSize()
+        if self._waiting_bytes > MESSAGE_BYTES:
+            self._room.clear()
+        self._outbox.append(response)
+        self._there.set()
+
+    async def _write_answers(self) -> None:
+        """Send what is there: what a round of the engine brings lies there by the time this task runs."""
+        while self._outbox or not self._ending:
+            await self._there.wait()
+            while self._outbox:
+                message, size = pb.EnhanceStreamsResponse(), 0
+                while self._outbox and size < MESSAGE_BYTES:
+                    message.sessions.append(self._outbox.popleft())
+                    size += message.sessions[-1].ByteSize()
+                self._writing = time.monotonic()
+                try:
+                    await self._context.write(message.SerializeToString())
+                except Exception as error:  # gRPC's errors have no common base class
+                    self.fail(ClientGoneError("the caller hung up"))
+                    raise ClientGoneError("the caller hung up") from error
+                self._writing = None
+                self._waiting_bytes -= size
+                self._room.set()
+            self._there.clear()
+            if self._ending:
+                return
+
+
+class _SessionWire:
+    """One session's part of the RPC."""
+
+    task: "asyncio.Task[None]"
+
+    def __init__(self, multiplex: Multiplex, number: int) -> None:
+        self._multiplex = multiplex
+        self._number = number
+        self._requests: deque[pb.EnhanceStreamRequest | None] = deque()
+        self._waiting_bytes = 0
+        self._is_ahead = False
+        self._came: asyncio.Future[None] | None = None
+
+    def feed(self, request: pb.EnhanceStreamRequest | None) -> None:
+        """Take the next request; None at the end. What is too far ahead is dropped, and ends the session."""
+        self._is_ahead = self._is_ahead or self._waiting_bytes > AHEAD_BYTES
+        if self._is_ahead:
+            return
+        self._requests.append(request)
+        self._waiting_bytes += request.ByteSize() if request is not None else 0
+        if self._came is not None and not self._came.done():
+            self._came.set_result(None)
+
+    async def read(self) -> pb.EnhanceStreamRequest | None:
+        """The next request; None at the end."""
+        if self._is_ahead:
+            raise AheadError(f"more than {AHEAD_BYTES} bytes were sent ahead of the answers")
+        if not self._requests:
+            self._came = asyncio.get_running_loop().create_future()
+            await self._came
+            self._came = None
+        request = self._requests.popleft()
+        self._waiting_bytes -= request.ByteSize() if request is not None else 0
+        return request
+
+    async def write(self, response: pb.EnhanceStreamResponse) -> None:
+        """Send a response."""
+        await self._multiplex.send(self._number, response)
+
+    def release(self, writer: asyncio.Task[None]) -> None:
+        """Let go of an answer that waits for room."""
+        writer.cancel()

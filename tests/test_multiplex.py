@@ -1,0 +1,212 @@
+"""Many sessions over one RPC, through a real server on a real socket.
+
+Invariant: a session gets what a stream of its own would get, whatever the others of its RPC do.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from running import TIMEOUT_SECONDS, eventually, running
+
+from percepnet.enhancer import Enhancer
+from percepnet.model import Model
+from percepnet.stream import enhance
+from service.client import Client
+from service.main import Server
+from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
+
+METHOD = "/percepnet_service.v1.EnhancementService/EnhanceStreams"
+
+
+@pytest.fixture(scope="module")
+def enhancer(random_model: Model) -> Enhancer:
+    return Enhancer(random_model)
+
+
+@pytest.fixture(scope="module")
+def server(enhancer: Enhancer) -> Iterator[Server]:
+    with running(enhancer, max_streams=4, stream_idle_seconds=1, stream_queue_seconds=0.5) as server:
+        yield server
+
+
+@pytest.fixture
+def channel(server: Server) -> Iterator[grpc.Channel]:
+    eventually(lambda: server.grpc._engine.active == 0, "the end of earlier sessions")
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc.port}") as channel:
+        yield channel
+
+
+def opened(channel: grpc.Channel, messages: Iterable[Any]) -> Any:
+    call = channel.stream_stream(
+        METHOD,
+        lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
+        pb.EnhanceStreamsResponse.FromString,
+    )
+    return call(iter(messages), timeout=TIMEOUT_SECONDS)
+
+
+def message(*requests: tuple[int, dict[str, Any]]) -> pb.EnhanceStreamsRequest:
+    return pb.EnhanceStreamsRequest(
+        sessions=[
+            pb.SessionRequest(session_id=number, request=pb.EnhanceStreamRequest(**fields))
+            for number, fields in requests
+        ]
+    )
+
+
+def config(rate: int = 16_000) -> dict[str, Any]:
+    return {
+        "config": pb.StreamConfig(
+            sample_rate_hz=rate,
+            encoding=pb.ENCODING_F32LE,
+            message_samples=rate // 100,
+            compensate_delay=True,
+        )
+    }
+
+
+def noise(n_samples: int, seed: int = 0) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(n_samples)).astype("<f4")
+
+
+def by_session(responses: Iterable[pb.EnhanceStreamsResponse]) -> dict[int, list[pb.SessionResponse]]:
+    found = defaultdict(list)
+    for response in responses:
+        for part in response.sessions:
+            found[part.session_id].append(part)
+    return found
+
+
+def audio(parts: list[pb.SessionResponse]) -> np.ndarray:
+    return np.frombuffer(b"".join(part.response.audio.audio for part in parts), "<f4")
+
+
+def test_each_session_is_the_offline_result_and_what_is_ready_together_comes_together(channel, enhancer):
+    rates = {1: 16_000, 7: 48_000, 9: 8_000}
+    signals = {number: noise(rate // 5, number) for number, rate in rates.items()}
+    messages = [message(*((number, config(rate)) for number, rate in rates.items()))]
+    for i in range(20):
+        chunks = {
+            number: signals[number][i * rate // 100 : (i + 1) * rate // 100] for number, rate in rates.items()
+        }
+        messages.append(message(*((number, {"audio": chunk.tobytes()}) for number, chunk in chunks.items())))
+    messages.append(message(*((number, {"end": pb.End()}) for number in rates)))
+    responses = list(opened(channel, messages))
+    found = by_session(responses)
+    assert found.keys() == rates.keys()
+    for number, rate in rates.items():
+        first, *rest = found[number]
+        assert first.response.HasField("started")
+        assert rest[-1].ended == pb.SessionEnded()
+        np.testing.assert_array_equal(audio(rest), enhance(signals[number], rate, enhancer=enhancer))
+    assert len(responses) < sum(map(len, found.values())) / 2
+
+
+def test_closing_the_sending_side_flushes_every_session(channel, enhancer):
+    samples = noise(1_600)
+    found = by_session(
+        opened(
+            channel,
+            [message((number, config()), (number, {"audio": samples.tobytes()})) for number in (0, 1)],
+        )
+    )
+    for parts in found.values():
+        np.testing.assert_array_equal(audio(parts), enhance(samples, 16_000, enhancer=enhancer))
+        assert parts[-1].ended.code == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ([{"audio": b"abcd"}], "the first message is audio"),
+        ([{}], "the first message is nothing"),
+        ([{"config": pb.StreamConfig(sample_rate_hz=1)}], "config.sample_rate_hz: 1"),
+        ([config(), {"audio": b"abc"}], "audio: 3 bytes"),
+        ([config(), config()], "payload: config came"),
+    ],
+)
+def test_a_bad_session_ends_neither_the_others_nor_the_rpc(channel, wrong, told):
+    requests = [*((5, fields) for fields in wrong), (3, {"audio": noise(160).tobytes()})]
+    messages = [
+        message((3, config())),
+        message(*requests),
+        message((5, {"audio": b"late"}), (3, {"end": pb.End()})),
+    ]
+    found = by_session(opened(channel, messages))
+    (ended,) = (part.ended for part in found[5] if part.HasField("ended"))
+    assert ended.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert told in ended.message
+    assert len(audio(found[3])) == 160
+    assert found[3][-1].ended.code == 0
+
+
+def test_sessions_beyond_the_capacity_are_refused_and_their_numbers_can_be_used_again(channel):
+    requests: SimpleQueue[Any] = SimpleQueue()
+    call = opened(channel, iter(requests.get, None))
+    parts = (part for response in call for part in response.sessions)
+    for number in range(5):
+        requests.put(message((number, config())))
+        part = next(parts)
+        assert part.session_id == number
+        assert part.HasField("response") == (number < 4)
+    assert part.ended.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert part.ended.retry_seconds > 0
+    requests.put(message((0, {"end": pb.End()})))
+    assert next(parts).response.audio.flushed
+    assert next(parts).ended.code == 0
+    requests.put(message((4, config())))
+    assert next(parts).response.HasField("started")
+    requests.put(None)
+    assert all(part.ended.code == 0 for part in parts if part.HasField("ended"))
+
+
+def test_what_is_no_message_ends_the_rpc_and_gives_the_places_back(channel, server):
+    with pytest.raises(grpc.RpcError, match=r"no percepnet_service.v1.EnhanceStreamsRequest") as refused:
+        list(opened(channel, [message((1, config())), b"\xff\xff"]))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    eventually(lambda: server.grpc._engine.active == 0, "the places")
+
+
+def test_a_caller_that_vanishes_leaves_nothing_behind(channel, server):
+    requests: SimpleQueue[Any] = SimpleQueue()
+    requests.put(message((1, config()), (2, config())))
+    call = opened(channel, iter(requests.get, None))
+    assert next(call)
+    eventually(lambda: server.grpc._engine.active == 2, "two sessions")
+    call.cancel()
+    eventually(lambda: server.grpc._engine.active == 0, "the places")
+    requests.put(None)
+
+
+def test_a_silent_session_ends_and_then_the_rpc(channel):
+    requests: SimpleQueue[Any] = SimpleQueue()
+    requests.put(message((1, config())))
+    call = opened(channel, iter(requests.get, None))
+    assert next(call).sessions[0].response.HasField("started")
+    assert next(call).sessions[0].ended.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+    with pytest.raises(grpc.RpcError, match="no session was open for 1 s") as told:
+        next(call)
+    assert told.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    requests.put(None)
+
+
+def test_a_session_that_runs_ahead_ends_alone(channel):
+    second = noise(16_000).tobytes()
+    messages = [message((1, config()), (2, config()))]
+    messages += [message(*[(1, {"audio": second})] * 30, (2, {"audio": second[:640]}))]
+    found = by_session(opened(channel, messages))
+    assert found[1][-1].ended.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert "sent ahead" in found[1][-1].ended.message
+    assert len(audio(found[2])) == 160
+    assert found[2][-1].ended.code == 0
+
+
+def test_other_streams_of_the_server_go_on(channel, server):
+    with Client(f"127.0.0.1:{server.grpc.port}") as client, client.stream(16_000) as stream:
+        list(opened(channel, [message((1, config()), (1, {"audio": b"x"}))]))
+        assert len(stream.push(noise(160))) == 160
