@@ -11,12 +11,18 @@ from service.engine import DEADLINE_SECONDS, Engine, Options, Room
 from service.metrics import Metrics
 from service.pcm import S16LE
 
-USABLE = 0.8
-"""Share of a core that streams may take: at more, frames that come in at the same moment wait too long."""
+USABLE = 0.75
+"""Share of a frame's 10 ms that may be planned for; the rest is for the pauses of a shared machine."""
 
-TRANSPORT_SECONDS = 100e-6
-"""CPU time of a message and its answer, which cannot be measured without callers: gRPC takes 80 to 95 µs in a
-busy process of the machine this was written on, and the rest is for a session's share of the event loop."""
+ROUNDS_WAITED = 2
+"""A frame that comes as a round of the engine begins waits for that round and for its own."""
+
+TRANSPORT_SECONDS = 120e-6
+"""CPU time of a message and its answer, which cannot be measured without callers. In a process with 17 to 20
+streams gRPC and all around it took 114 to 123 µs on the machine this was written on (EPYC, 2.6 GHz)."""
+
+SHARED_TRANSPORT_SECONDS = 20e-6
+"""The same for a session's part of a message that many share: to parse it, and to write its answer."""
 
 _BATCHES = (8, 24)
 _ROUNDS = 8
@@ -24,15 +30,18 @@ _WARM_UP = 3
 
 
 def measure(enhancer: Enhancer, share: float = 1.0) -> Room:
-    """The room for live streams in a tick; it takes at least one that sends 10 ms at a time.
+    """The room for live streams in a frame's 10 ms; it takes at least one that sends 10 ms at a time.
 
     share: of a core that this process may use. Takes about a tenth of a second.
     """
     few, many = (_round_seconds(enhancer, n) for n in _BATCHES)
     each = max(1e-6, (many - few) / (_BATCHES[1] - _BATCHES[0]))
     fixed = max(0.0, few - each * _BATCHES[0])
-    budget = USABLE * min(share, 1.0) * DEADLINE_SECONDS - fixed
-    return Room(max(budget, each + TRANSPORT_SECONDS), each, TRANSPORT_SECONDS)
+    stream = ROUNDS_WAITED * each
+    seconds = USABLE * min(share, 1.0) * DEADLINE_SECONDS - ROUNDS_WAITED * fixed
+    # Sessions that share their messages come together, so that none waits for another one's round.
+    sharing = each + SHARED_TRANSPORT_SECONDS
+    return Room(max(seconds, stream + TRANSPORT_SECONDS), stream, TRANSPORT_SECONDS, sharing)
 
 
 def _round_seconds(enhancer: Enhancer, n_streams: int) -> float:

@@ -49,6 +49,8 @@ class Options:
     """In every message, or 0 for any number."""
     compensate_delay: bool = False
     report: bool = False
+    shares_messages: bool = False
+    """Whether it comes and goes in the same messages as other sessions."""
 
     @property
     def messages_per_frame(self) -> float:
@@ -65,9 +67,13 @@ class Room:
     """What each stream takes."""
     message: float = 0.0
     """What each of its messages takes besides."""
+    sharing: float = 1.0
+    """What a stream takes that shares its messages, in all."""
 
     def cost(self, options: Options) -> float:
         """What a stream takes."""
+        if options.shares_messages:
+            return self.sharing
         return self.stream + self.message * options.messages_per_frame
 
     @property
@@ -78,7 +84,7 @@ class Room:
     @property
     def most_streams(self) -> int:
         """How many fit at most, however few messages they send."""
-        return int(self.left / self.stream + 1e-6)
+        return int(self.left / min(self.stream, self.sharing) + 1e-6)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("share", "expected"),
     [
-        pytest.param(1.0, 35, id="(8 ms − 1 ms) / (0.1 ms + 0.1 ms)"),
-        pytest.param(float("inf"), 35, id="more than a core"),
-        pytest.param(0.5, 15, id="half a core"),
+        pytest.param(1.0, 17, id="(7.5 ms − 2 · 1 ms) / (2 · 0.1 ms + 0.12 ms)"),
+        pytest.param(float("inf"), 17, id="more than a core"),
+        pytest.param(0.5, 5, id="half a core"),
         pytest.param(0.01, 1, id="hardly any"),
     ],
 )
-def test_streams_fill_the_usable_part_of_a_core(random_model: Model, share: float, expected: int) -> None:
+def test_streams_fill_what_may_be_planned_for(random_model: Model, share: float, expected: int) -> None:
     assert capacity.measure(Enhancer(random_model), share).plain_streams == expected
 
 
@@ -37,7 +37,7 @@ def test_this_machine_carries_a_stream(random_model: Model) -> None:
 @pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize(
     ("milliseconds", "expected"),
-    [pytest.param(0, 35, id="any length"), (10, 35), (20, 46), (100, 63), (5, 23)],
+    [pytest.param(0, 17, id="any length"), (10, 17), (20, 21), (100, 25), (5, 12)],
 )
 def test_fewer_messages_leave_room_for_more_streams(
     random_model: Model, milliseconds: int, expected: int
@@ -52,10 +52,18 @@ def test_fewer_messages_leave_room_for_more_streams(
     assert expected <= metrics.board.mine.capacity <= expected + 1
     for session in sessions:
         engine.close(session)
-    assert metrics.board.mine.capacity == engine.capacity == 35
+    assert metrics.board.mine.capacity == engine.capacity == 17
+
+
+@pytest.mark.usefixtures("steady")
+def test_sessions_that_share_messages_take_less(random_model: Model) -> None:
+    room = capacity.measure(Enhancer(random_model))
+    alone, sharing = Options(16_000, message_samples=160), Options(16_000, shares_messages=True)
+    assert room.cost(sharing) < room.cost(alone) / 2
+    assert room.most_streams == int(room.left / room.cost(sharing))
 
 
 def test_room_is_what_is_left() -> None:
     assert Room(8).plain_streams == Room(8).most_streams == 8
     assert Room(1.0, 0.1, 0.1).plain_streams == 5
-    assert Room(1.0, 0.1, 0.1).most_streams == 10
+    assert Room(1.0, 0.1, 0.1, 0.05).most_streams == 20
