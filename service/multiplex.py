@@ -117,7 +117,7 @@ class Multiplex:
     async def _serve(self, number: int, wire: "_SessionWire") -> None:
         error: Exception | None = None
         try:
-            await self._streams.converse(wire, self._caller)
+            await self._streams.converse(wire, self._caller, shares_messages=True)
         except Exception as raised:
             error = raised
         finally:

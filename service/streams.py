@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from percepnet.errors import ParameterError
@@ -89,9 +90,9 @@ class Streams:
             conversation.fail(StoppingError("the server stopped before the stream ended; open it elsewhere"))
         self._sweeper.cancel()
 
-    async def converse(self, wire: Wire, caller: Caller) -> None:
-        """Serve one stream to its end; raises what ended it early."""
-        conversation = Conversation(self, wire, caller)
+    async def converse(self, wire: Wire, caller: Caller, *, shares_messages: bool = False) -> None:
+        """Serve one stream to its end; raises what ended it early. shares_messages: with other streams."""
+        conversation = Conversation(self, wire, caller, shares_messages)
         with self.watched(conversation):
             await conversation.run()
 
@@ -132,10 +133,11 @@ class Streams:
 class Conversation:
     """One live stream: reads messages into a session, writes its answers."""
 
-    def __init__(self, streams: Streams, wire: Wire, caller: Caller) -> None:
+    def __init__(self, streams: Streams, wire: Wire, caller: Caller, shares_messages: bool) -> None:
         self._streams = streams
         self._wire = wire
         self._caller = caller
+        self._shares_messages = shares_messages
         self._engine = streams.engine
         self._metrics = streams.metrics
         self._error: Exception | None = None
@@ -190,7 +192,8 @@ class Conversation:
         request = await self._read()
         if request is None:
             return
-        self._session = session = self._engine.open(messages.opening(request), self._answered.set)
+        options = replace(messages.opening(request), shares_messages=self._shares_messages)
+        self._session = session = self._engine.open(options, self._answered.set)
         self._log("stream opened", sample_rate_hz=session.options.sample_rate)
         self._challenge = self._streams.seals.challenge()
         idle_seconds = self._streams.settings.stream_idle_seconds

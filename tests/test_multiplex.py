@@ -16,7 +16,9 @@ from running import TIMEOUT_SECONDS, eventually, running
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model
 from percepnet.stream import enhance
+from service import capacity
 from service.client import Client
+from service.engine import Room
 from service.main import Server
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
@@ -105,6 +107,15 @@ def test_each_session_is_the_offline_result_and_what_is_ready_together_comes_tog
         assert rest[-1].ended == pb.SessionEnded()
         np.testing.assert_array_equal(audio(rest), enhance(signals[number], rate, enhancer=enhancer))
     assert len(responses) < sum(map(len, found.values())) / 2
+
+
+def test_sessions_of_one_rpc_are_admitted_by_what_they_take(enhancer, monkeypatch):
+    monkeypatch.setattr(capacity, "measure", lambda *_: Room(4.0, stream=1.0, message=1.0, sharing=0.5))
+    with running(enhancer) as server, grpc.insecure_channel(f"127.0.0.1:{server.grpc.port}") as channel:
+        found = by_session(opened(channel, [message(*((number, config()) for number in range(9)))]))
+    started = [number for number, parts in found.items() if parts[0].response.HasField("started")]
+    assert sorted(started) == list(range(8))
+    assert found[8][0].ended.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 
 
 def test_closing_the_sending_side_flushes_every_session(channel, enhancer):
