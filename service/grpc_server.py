@@ -92,6 +92,7 @@ class GrpcServer:
             options=(
                 *_OPTIONS,
                 ("grpc.so_reuseport", int(shared)),
+                ("grpc.server_handshake_timeout_ms", round(1000 * self._settings.transfer_timeout_seconds)),
                 *((("grpc.max_connection_age_ms", round(1000 * age)),) if age else ()),
             ),
             interceptors=[_Gate(self._access, self._streams)],

@@ -116,7 +116,9 @@ class Settings:
     max_channels: int = field(default=8, metadata=_meaning(_whole(1), "most channels of a recording"))
     transfer_timeout_seconds: float = field(
         default=30.0,
-        metadata=_meaning(_seconds, "longest wait in seconds for a caller to send or take a piece of a file"),
+        metadata=_meaning(
+            _seconds, "longest wait in seconds for a caller to begin, or to send or take a piece of a file"
+        ),
     )
     max_streams: int | None = field(
         default=None,

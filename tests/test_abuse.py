@@ -38,8 +38,8 @@ RATE = 16_000
 CONFIG = pb.StreamConfig(sample_rate_hz=RATE, encoding=pb.ENCODING_S16LE)
 Request = pb.EnhanceStreamRequest
 
-DECLARED = {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "CANCELLED"}
-CLOSED = {1000, 1002, 1006, 1007, 1009, 4422, 4503}
+DECLARED = {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "CANCELLED", "FAILED_PRECONDITION"}
+CLOSED = {1000, 1002, 1006, 1007, 1009, 4409, 4422, 4503}
 
 
 class Service:
@@ -106,6 +106,8 @@ requests = st.one_of(
     st.builds(Request, config=configs),
     st.builds(Request, audio=sound),
     st.builds(Request, parameters=parameters),
+    st.builds(Request, hand_over=st.builds(pb.HandOver, challenge=st.binary(max_size=20))),
+    st.builds(Request, resume=st.builds(pb.Resume, state=st.binary(max_size=60))),
     st.just(Request(flush=pb.Flush())),
     st.just(Request(end=pb.End())),
     st.just(Request()),
@@ -136,6 +138,41 @@ def test_any_messages_over_grpc_end_in_a_declared_status(
     assert call.code() is not grpc.StatusCode.INVALID_ARGUMENT or call.details()
 
 
+sessions = st.lists(
+    st.builds(pb.SessionRequest, session_id=st.integers(0, 2), request=st.none() | requests), max_size=6
+)
+
+
+@abuse
+@given(
+    messages=st.lists(sessions, max_size=6),
+    garbage=st.none() | st.binary(min_size=1, max_size=50),
+    hang_up_after=st.none() | st.integers(0, 4),
+)
+def test_any_messages_for_many_sessions_end_in_declared_statuses(
+    service: Service,
+    messages: list[list[pb.SessionRequest]],
+    garbage: bytes | None,
+    hang_up_after: int | None,
+) -> None:
+    opening = [pb.SessionRequest(session_id=id, request=Request(config=CONFIG)) for id in range(2)]
+    texts = [pb.EnhanceStreamsRequest(sessions=part).SerializeToString() for part in (opening, *messages)]
+    if garbage is not None:
+        texts.append(garbage)
+    call: Any = service.channel.stream_stream(f"{STREAM}s", None, pb.EnhanceStreamsResponse.FromString)(
+        iter(texts), timeout=TIMEOUT_SECONDS
+    )
+    codes = set()
+    with suppress(grpc.RpcError):
+        for i, response in enumerate(call):
+            codes |= {one.ended.code for one in response.sessions if one.HasField("ended")}
+            if i == hang_up_after:
+                call.cancel()
+    assert call.code().name in DECLARED, call.details()
+    names = {code.value[0]: code.name for code in grpc.StatusCode}
+    assert {names[code] for code in codes} <= DECLARED
+
+
 texts = st.one_of(
     st.text(max_size=50),
     st.recursive(
@@ -152,6 +189,8 @@ texts = st.one_of(
             '{"parameters": {"mix": "Infinity"}}',
             '{"parameters": {"mix": 0.5, "postfilter": "yes"}}',
             '{"parameters": {"attenuation_limit_db": 1e400}}',
+            '{"hand_over": {"challenge": "AAAA"}}',
+            '{"resume": {"state": "AAAA"}}',
             '{"flush": {}}',
             '{"end": {}}',
             '{"flush": {}, "end": {}}',
@@ -261,18 +300,25 @@ def test_no_bytes_upset_an_open_websocket(service: Service, pieces: list[bytes])
 
 
 def test_connections_that_never_speak_are_closed(random_model: Model) -> None:
-    """On the HTTP port: nothing at all, half a head, half of a second head."""
+    """Nothing at all, half of a beginning, and over HTTP half of a second head."""
     whole = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     with running(Enhancer(random_model), transfer_timeout_seconds=0.3) as server:
-        address = server.servers[0].sockets[0].getsockname()
-        for said in ([], [whole[:20]], [whole, whole[:20]]):
+        http, grpc_port = server.servers[0].sockets[0].getsockname(), ("127.0.0.1", server.grpc.port)
+        for address, said in (
+            (http, []),
+            (http, [whole[:20]]),
+            (http, [whole, whole[:20]]),
+            (grpc_port, []),
+            (grpc_port, [PREFACE]),
+        ):
             with socket.create_connection(address, TIMEOUT_SECONDS) as connection:
                 for piece in said:
                     connection.sendall(piece)
                     answer = b"" if piece is whole else b"}"
                     while not answer.endswith(b"}"):
                         answer += connection.recv(65_536)
-                assert connection.recv(65_536) == b""
+                while connection.recv(65_536):  # gRPC sends its settings first
+                    pass
 
 
 def test_a_crowd_that_never_speaks_keeps_nobody_out(service: Service) -> None:
