@@ -94,10 +94,16 @@ class Multiplex:
                     raise self._error from None
                 raise
             finally:
-                tasks = [writer, *(wire.task for wire in self._wires.values())]
+                tasks = [wire.task for wire in self._wires.values()]
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+                # gRPC sends no status while a message is in the way: it must be left to end, whatever comes.
+                self._reader = None
+                self._ending = True
+                self._outbox.clear()
+                self._there.set()
+                await asyncio.gather(writer, return_exceptions=True)
 
     def _take(self, request: pb.SessionRequest) -> None:
         """Bring a request to its session; one that is not open yet begins with it."""

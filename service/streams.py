@@ -182,6 +182,7 @@ class Conversation:
         except (Exception, asyncio.CancelledError) as raised:
             error = self._error or raised
         self._close(error)
+        self._reader = None  # its end is settled, and nothing may cut it short
         if self._writer is not None:
             self._wire.release(self._writer)
             await asyncio.wait([self._writer])
