@@ -70,19 +70,24 @@ def chunks(samples: np.ndarray, size: int = 160) -> Iterator[np.ndarray]:
     return (samples[start : start + size] for start in range(0, len(samples), size))
 
 
-def test_a_pipe_gives_the_offline_result(target: str, enhancer: Enhancer) -> None:
+each_way = pytest.mark.parametrize("multiplex", [False, True])
+
+
+@each_way
+def test_a_pipe_gives_the_offline_result(target: str, enhancer: Enhancer, multiplex: bool) -> None:
     samples = noise(40_000)
-    with Client(target) as client:
+    with Client(target, multiplex=multiplex) as client:
         stream = client.stream(RATE, compensate_delay=True)
         output = np.concatenate(list(stream.pipe(chunks(samples, 777))))
     np.testing.assert_array_equal(output, enhance(samples, RATE, enhancer=enhancer))
 
 
-def test_an_asyncio_pipe_gives_the_offline_result(target: str, enhancer: Enhancer) -> None:
+@each_way
+def test_an_asyncio_pipe_gives_the_offline_result(target: str, enhancer: Enhancer, multiplex: bool) -> None:
     samples = noise(40_000)
 
     async def main() -> list[np.ndarray]:
-        async with AsyncClient(target) as client:
+        async with AsyncClient(target, multiplex=multiplex) as client:
             stream = await client.stream(RATE, compensate_delay=True)
             return [output async for output in stream.pipe(chunks(samples, 777))]
 
@@ -90,7 +95,8 @@ def test_an_asyncio_pipe_gives_the_offline_result(target: str, enhancer: Enhance
     np.testing.assert_array_equal(output, enhance(samples, RATE, enhancer=enhancer))
 
 
-def test_asyncio_streams_speak_at_once(target: str, enhancer: Enhancer) -> None:
+@each_way
+def test_asyncio_streams_speak_at_once(target: str, enhancer: Enhancer, multiplex: bool) -> None:
     """Lockstep, with parameters, passages and a report, many on one connection."""
 
     async def speak(client: AsyncClient, seed: int) -> list[np.ndarray]:
@@ -103,7 +109,7 @@ def test_asyncio_streams_speak_at_once(target: str, enhancer: Enhancer) -> None:
             return [*passages, np.concatenate([await stream.push(samples), await stream.end()])]
 
     async def main() -> list[list[np.ndarray]]:
-        async with AsyncClient(target) as client:
+        async with AsyncClient(target, multiplex=multiplex) as client:
             results = await asyncio.gather(*(speak(client, seed) for seed in range(3)))
             assert (await client.status()).model_name == "random"
             clip = noise(1_000)
@@ -137,8 +143,9 @@ def test_what_cannot_be_sent_is_told_at_once(target: str, bad: np.ndarray) -> No
             list(stream.pipe([bad]))
 
 
-def test_a_server_that_refuses_is_not_asked_again(target: str) -> None:
-    with Client(target) as client, pytest.raises(grpc.RpcError) as refused:
+@each_way
+def test_a_server_that_refuses_is_not_asked_again(target: str, multiplex: bool) -> None:
+    with Client(target, multiplex=multiplex) as client, pytest.raises(grpc.RpcError) as refused:
         client.stream(96_000)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     with pytest.raises(ParameterError, match="'nowhere'; accepted is HOST:PORT"):
@@ -195,9 +202,10 @@ def test_leaving_a_stream_frees_a_sender_that_waits(target: str) -> None:
     assert isinstance(failures[0], EndedError)
 
 
-def test_a_cancelled_asyncio_task_gives_its_place_back(target: str) -> None:
+@each_way
+def test_a_cancelled_asyncio_task_gives_its_place_back(target: str, multiplex: bool) -> None:
     async def main() -> None:
-        async with AsyncClient(target) as client:
+        async with AsyncClient(target, multiplex=multiplex) as client:
 
             async def speak() -> None:
                 async with client.stream(RATE) as stream:
@@ -216,10 +224,14 @@ def test_a_cancelled_asyncio_task_gives_its_place_back(target: str) -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_a_broken_connection_leaves_no_trace(link: Link, enhancer: Enhancer) -> None:
+@each_way
+def test_a_broken_connection_leaves_no_trace(link: Link, enhancer: Enhancer, multiplex: bool) -> None:
     """Cut between messages, with parameters changed and a passage ended on the way."""
     samples = noise(7_200)
-    with Client(link.target) as client, client.stream(RATE, compensate_delay=True) as stream:
+    with (
+        Client(link.target, multiplex=multiplex) as client,
+        client.stream(RATE, compensate_delay=True) as stream,
+    ):
         passages = []
         for controls in (Controls(), Controls(mix=0.5)):
             stream.update(controls)
@@ -239,16 +251,19 @@ def test_a_broken_connection_leaves_no_trace(link: Link, enhancer: Enhancer) -> 
     np.testing.assert_array_equal(passages[1], expected)
 
 
-def test_an_asyncio_pipe_survives_a_broken_connection(link: Link, enhancer: Enhancer) -> None:
-    samples = noise(12_000)
+@each_way
+def test_an_asyncio_pipe_survives_a_broken_connection(
+    link: Link, enhancer: Enhancer, multiplex: bool
+) -> None:
+    samples = noise(7_200)
 
     async def main() -> np.ndarray:
-        async with AsyncClient(link.target) as client:
+        async with AsyncClient(link.target, multiplex=multiplex) as client:
             stream = await client.stream(RATE, compensate_delay=True)
             outputs = []
-            async for output in stream.pipe(chunks(samples)):
+            async for output in stream.pipe(chunks(samples), realtime=True):
                 outputs.append(output)
-                if len(outputs) in (10, 40):
+                if len(outputs) in (10, 30):
                     link.cut()
             assert stream.reconnections == 2
             return np.concatenate(outputs)
@@ -310,8 +325,9 @@ def test_a_server_that_breaks_every_stream_is_told_when_patience_is_over() -> No
         server.stop(None).wait()
 
 
-def test_a_full_server_is_asked_again_when_it_said(enhancer: Enhancer) -> None:
-    with serving(enhancer, max_streams=1) as target, Client(target) as client:
+@each_way
+def test_a_full_server_is_asked_again_when_it_said(enhancer: Enhancer, multiplex: bool) -> None:
+    with serving(enhancer, max_streams=1) as target, Client(target, multiplex=multiplex) as client:
         first = client.stream(RATE)
         threading.Timer(0.1, first.close).start()
         started = time.monotonic()
@@ -388,14 +404,15 @@ def test_dead_pods_cost_their_streams_nothing(enhancer: Enhancer, target: str) -
             np.testing.assert_array_equal(output, enhance(samples, RATE, enhancer=enhancer))
 
 
+@each_way
 def test_streams_leave_a_server_that_is_about_to_stop(
-    enhancer: Enhancer, target: str, monkeypatch: pytest.MonkeyPatch
+    enhancer: Enhancer, target: str, monkeypatch: pytest.MonkeyPatch, multiplex: bool
 ) -> None:
     monkeypatch.setattr(pods, "LOOK_UP_SECONDS", 0)
     samples = noise(4_800)
     with running(enhancer, shutdown_grace_seconds=30) as stopping:
         names = Names(address(stopping))
-        with Client("calls:50051", resolver=names) as client:
+        with Client("calls:50051", resolver=names, multiplex=multiplex) as client:
             stream = client.stream(RATE, compensate_delay=True)
             outputs = [stream.push(samples[:1_600])]
             names.addresses = [target]
@@ -535,22 +552,51 @@ def failing() -> Iterator[np.ndarray]:
     raise LookupError("no more audio")
 
 
-def test_a_source_that_fails_ends_the_pipe_with_its_error(target: str) -> None:
+@each_way
+def test_a_source_that_fails_ends_the_pipe_with_its_error(target: str, multiplex: bool) -> None:
     async def main() -> None:
-        async with AsyncClient(target) as client:
+        async with AsyncClient(target, multiplex=multiplex) as client:
             stream = await client.stream(RATE)
             async for _ in stream.pipe(failing()):
                 pass
 
-    with Client(target) as client, pytest.raises(LookupError, match="no more audio"):
+    with Client(target, multiplex=multiplex) as client, pytest.raises(LookupError, match="no more audio"):
         list(client.stream(RATE).pipe(failing()))
     with pytest.raises(LookupError, match="no more audio"):
         asyncio.run(main())
 
 
-def test_a_pipe_that_is_left_gives_its_place_back(target: str) -> None:
-    with Client(target) as client:
+@each_way
+def test_a_pipe_that_is_left_gives_its_place_back(target: str, multiplex: bool) -> None:
+    with Client(target, multiplex=multiplex) as client:
         pipe = client.stream(RATE).pipe(noise(160) for _ in range(10_000))
         assert len(next(pipe)) == 160
         pipe.close()
         eventually(lambda: client.status().active_streams == 0, "an idle server")
+
+
+def test_the_sessions_of_one_rpc_are_apart(target: str, enhancer: Enhancer) -> None:
+    """Many speakers in one thread; one that is refused or leaves harms no other."""
+    samples = [noise(3_200, seed) for seed in range(6)]
+    with Client(target, multiplex=True, patience_seconds=0) as client:
+        streams = [client.stream(RATE, compensate_delay=True) for _ in samples]
+        with pytest.raises(grpc.RpcError) as refused:
+            client.stream(96_000)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "config.sample_rate_hz: 96000" in refused.value.details()
+        client.stream(RATE).close()
+        outputs: list[list[np.ndarray]] = [[] for _ in samples]
+        for start in range(0, 3_200, 160):
+            for stream, voice in zip(streams, samples, strict=True):
+                stream.send(voice[start : start + 160])
+            for stream, output in zip(streams, outputs, strict=True):
+                answer = stream.receive()
+                assert answer is not None
+                output.append(answer.samples)
+        assert len(client._trunks) == 1
+        for stream, output, voice in zip(streams, outputs, samples, strict=True):
+            output.append(stream.end())
+            np.testing.assert_array_equal(np.concatenate(output), enhance(voice, RATE, enhancer=enhancer))
+        with client.stream(RATE, timeout_seconds=0.2) as late, pytest.raises(grpc.RpcError) as over:
+            late.receive()
+        assert over.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED

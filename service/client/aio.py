@@ -25,6 +25,7 @@ from service.client.conversation import (
     Response,
     clip_request,
 )
+from service.client.multiplex import AsyncSession, AsyncTrunk
 from service.client.pods import (
     LOOK_UP_SECONDS,
     MOVE_SECONDS,
@@ -47,10 +48,14 @@ class _Connection:
         self._write_failed = False
         self._pods = client.pods
         self._dropped = False
+        self.call: Any
+        if client.multiplex:
+            self.call = client.session(address, timeout_seconds)
+            return
         method = client.pods.channel(address).stream_stream(
             f"{SERVICE}/EnhanceStream", Request.SerializeToString, Response.FromString
         )
-        self.call: Any = method(timeout=timeout_seconds, metadata=client.metadata)
+        self.call = method(timeout=timeout_seconds, metadata=client.metadata)
 
     async def write(self, request: Request) -> None:
         """Send a message; that the call is over shows where answers are read."""
@@ -330,9 +335,10 @@ class AsyncClient:
     """Streams and clips at the servers behind one name, for the tasks of one event loop.
 
     target: HOST:PORT; the streams spread over all addresses that the name has. tls: files for TLS; None
-    talks in the clear. api_key: sent with every call. patience_seconds: longest time without a server, when a
-    stream is opened or its connection lost, before the error is raised; full servers are asked again when
-    they said.
+    talks in the clear. api_key: sent with every call. multiplex: the streams to a server share one RPC, and
+    what is sent at about the same time one message, so that many speakers cost little. patience_seconds:
+    longest time without a server, when a stream is opened or its connection lost, before the error is raised;
+    full servers are asked again when they said.
     timeout_seconds: longest time for a unary call. resolver: looks the name up, in a thread.
     Raises ParameterError for a target of another form, OSError for files that cannot be read.
     """
@@ -343,12 +349,15 @@ class AsyncClient:
         *,
         tls: Tls | None = None,
         api_key: str | None = None,
+        multiplex: bool = False,
         patience_seconds: float = PATIENCE_SECONDS,
         timeout_seconds: float = 60.0,
         resolver: Resolver = look_up,
     ) -> None:
         self.pods: Pods[grpc.aio.Channel] = Pods(target, grpc.aio, tls, resolver)
         self.metadata = call_metadata(api_key)
+        self.multiplex = multiplex
+        self._trunks: dict[str, AsyncTrunk] = {}
         self.patience_seconds = patience_seconds
         self._timeout_seconds = timeout_seconds
 
@@ -383,6 +392,18 @@ class AsyncClient:
     async def status(self) -> pb.GetStatusResponse:
         """The model, the load and the capacity of one of the servers."""
         return await self._unary("GetStatus", pb.GetStatusRequest(), pb.GetStatusResponse)
+
+    def session(self, address: str, timeout_seconds: float | None) -> AsyncSession:
+        """A session with a server, over the RPC that is there or a new one."""
+        trunk = self._trunks.get(address)
+        session = trunk.session(timeout_seconds) if trunk else None
+        if session is None:
+            trunk = AsyncTrunk(self.pods.channel(address), self.metadata)
+            session = trunk.session(timeout_seconds)
+            assert session is not None
+            self._trunks[address] = trunk
+            trunk.start()
+        return session
 
     async def refresh(self, attempts: Attempts) -> None:
         """Look the name up, if it is time to."""

@@ -26,6 +26,7 @@ from service.client.conversation import (
     Response,
     clip_request,
 )
+from service.client.multiplex import Session, Trunk
 from service.client.pods import (
     LOOK_UP_SECONDS,
     MOVE_SECONDS,
@@ -45,14 +46,19 @@ class _Connection:
 
     def __init__(self, client: "Client", address: str, timeout_seconds: float | None) -> None:
         self.address = address
-        self.requests: SimpleQueue[Request | None] = SimpleQueue()
+        self.requests: SimpleQueue[Request | None] | Session
+        self.call: Any
         self._pods = client.pods
         self._dropped = False
+        if client.multiplex:
+            self.requests = self.call = client.session(address, timeout_seconds)
+            return
+        self.requests = SimpleQueue()
         method = client.pods.channel(address).stream_stream(
             f"{SERVICE}/EnhanceStream", Request.SerializeToString, Response.FromString
         )
         requests = iter(self.requests.get, None)
-        self.call: Any = method(requests, timeout=timeout_seconds, metadata=client.metadata)
+        self.call = method(requests, timeout=timeout_seconds, metadata=client.metadata)
 
     def drop(self) -> None:
         """Hang up; may be called again."""
@@ -284,9 +290,10 @@ class Client:
     """Streams and clips at the servers behind one name, for any number of threads.
 
     target: HOST:PORT; the streams spread over all addresses that the name has. tls: files for TLS; None
-    talks in the clear. api_key: sent with every call. patience_seconds: longest time without a server, when a
-    stream is opened or its connection lost, before the error is raised; full servers are asked again when
-    they said.
+    talks in the clear. api_key: sent with every call. multiplex: the streams to a server share one RPC, and
+    what is sent at about the same time one message, so that many speakers cost little. patience_seconds:
+    longest time without a server, when a stream is opened or its connection lost, before the error is raised;
+    full servers are asked again when they said.
     timeout_seconds: longest time for a unary call. resolver: looks the name up.
     Raises ParameterError for a target of another form, OSError for files that cannot be read.
     """
@@ -297,12 +304,16 @@ class Client:
         *,
         tls: Tls | None = None,
         api_key: str | None = None,
+        multiplex: bool = False,
         patience_seconds: float = PATIENCE_SECONDS,
         timeout_seconds: float = 60.0,
         resolver: Resolver = look_up,
     ) -> None:
         self.pods: Pods[grpc.Channel] = Pods(target, grpc, tls, resolver)
         self.metadata = call_metadata(api_key)
+        self.multiplex = multiplex
+        self._trunks: dict[str, Trunk] = {}
+        self._trunks_lock = threading.Lock()
         self.patience_seconds = patience_seconds
         self._timeout_seconds = timeout_seconds
 
@@ -338,6 +349,19 @@ class Client:
     def status(self) -> pb.GetStatusResponse:
         """The model, the load and the capacity of one of the servers."""
         return self._unary("GetStatus", pb.GetStatusRequest(), pb.GetStatusResponse)
+
+    def session(self, address: str, timeout_seconds: float | None) -> Session:
+        """A session with a server, over the RPC that is there or a new one."""
+        with self._trunks_lock:
+            trunk = self._trunks.get(address)
+            session = trunk.session(timeout_seconds) if trunk else None
+            if session is None:
+                trunk = Trunk(self.pods.channel(address), self.metadata)
+                session = trunk.session(timeout_seconds)
+                assert session is not None
+                self._trunks[address] = trunk
+                trunk.start()
+            return session
 
     def refresh(self, attempts: Attempts) -> None:
         """Look the name up, if it is time to."""
