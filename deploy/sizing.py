@@ -42,8 +42,8 @@ class Scaling:
     """The autoscaler: what hpa.yaml and scaledobject.yaml say, and what a cluster adds."""
 
     target: int
-    minimum: int = 2
-    maximum: int = 50
+    minimum: int = 3
+    maximum: int = 100
     up_ratio: float = 1.0
     up_pods: int = 4
     up_period: int = 30

@@ -122,7 +122,7 @@ def prometheus(pods: dict[str, Pod], tmp_path: Path) -> Iterator[Prometheus]:
 def test_streams_that_come_and_go_get_the_pods_that_they_need(
     pods: dict[str, Pod], prometheus: Prometheus
 ) -> None:
-    """Two pods of 32: the target of 21 asks for two, four, two again, whoever does the sum."""
+    """Two pods of 16: the target of 10 asks for three, four, three again, whoever does the sum."""
     with ExitStack() as hang_up:
         channels = {
             name: hang_up.enter_context(grpc.insecure_channel(pod.grpc)) for name, pod in pods.items()
@@ -140,21 +140,21 @@ def test_streams_that_come_and_go_get_the_pods_that_they_need(
             eventually(seen, f"Prometheus sees {counts}")
 
         ramp(a=0, b=0)
-        assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (2, 2)
-        ramp(a=24, b=18)
-        assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (2, 2)
-        ramp(a=30, b=20)
         assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (3, 3)
-        ramp(a=32, b=32)
+        ramp(a=12, b=9)
+        assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (3, 3)
+        ramp(a=16, b=15)
+        assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (4, 4)
+        ramp(a=16, b=16)
         assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (4, 4)
         with pytest.raises(grpc.RpcError) as refused:
             PlainStream(channels["a"], RATE)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         eventually(lambda: value(prometheus, "percepnet_streams_rejected_total") == 1, "the refusal")
         ramp(a=4, b=0)
-        assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (2, 2)
+        assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (3, 3)
         ramp(a=0, b=0)
-    assert value(prometheus, 'percepnet_streams_total{outcome="ok"}') == 64
+    assert value(prometheus, 'percepnet_streams_total{outcome="ok"}') == 32
     evaluated = prometheus.rules()
     assert {rule["health"] for rule in evaluated} == {"ok"}
     assert not [rule["name"] for rule in evaluated if rule["state"] == "firing"]
