@@ -3,9 +3,12 @@
 Invariant: a state makes the stream that it was sealed for go on without a difference, once, or is refused.
 """
 
+import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,14 +20,16 @@ import pytest
 from conftest import export_random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import TIMEOUT_SECONDS, running
+from running import TIMEOUT_SECONDS, eventually, running
 from websockets.sync.client import connect
 
 from percepnet.enhancer import Enhancer
 from percepnet.errors import ParameterError, SnapshotError
 from percepnet.model import Model
+from percepnet.stream import enhance
 from percepnet.synthesis import Controls
 from service import handover, pcm
+from service.client import AsyncClient, AsyncLiveStream, Client, Mark, pods
 from service.engine import Answer, Engine, Options, Session
 from service.handover import Seals
 from service.main import Server
@@ -367,3 +372,126 @@ def test_a_stream_moves_over_websocket(servers: list[Server]) -> None:
         assert ask(two, resume={"state": handed_over["state"]}) == {"resumed": {"position": 600}}
         two.send(samples[600:].tobytes())
         assert two.recv(timeout=TIMEOUT_SECONDS) == unbroken.push(samples[600:])
+
+
+# The project's clients, and others
+
+
+class Replacement:
+    """A resolver that knows a server until it is told to stop, then its successor."""
+
+    def __init__(self, server: Server, successor: Server) -> None:
+        self.server = server
+        self._successor = successor
+
+    @property
+    def active(self) -> int:
+        return self.server.grpc._engine.active
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        eventually(lambda: self.server.health.stopping, "the end")
+
+    def __call__(self, host: str, port: int) -> list[str]:
+        server = self._successor if self.server.should_exit else self.server
+        return [f"127.0.0.1:{server.grpc.port}"]
+
+
+@pytest.fixture
+def replacement(
+    enhancer: Enhancer, servers: list[Server], keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Replacement]:
+    monkeypatch.setattr(pods, "LOOK_UP_SECONDS", 0)
+    with running(enhancer, handover_keys_file=keys, shutdown_grace_seconds=TIMEOUT_SECONDS) as server:
+        yield Replacement(server, servers[0])
+
+
+def test_a_client_moves_with_its_state(replacement: Replacement, enhancer: Enhancer) -> None:
+    """With audio and parameters under way, within a passage that is not the first."""
+    with Client("calls:50051", resolver=replacement) as client:
+        stream = client.stream(RATE, compensate_delay=True)
+        stream.push(noise(999))
+        stream.flush()
+        samples = noise(16_000)
+        parts = np.split(samples, 20)
+        outputs = [stream.push(part) for part in parts[:2]]
+        stream.send(Controls())
+        for part in parts[2:6]:
+            stream.send(part)
+        replacement.stop()
+        for part in parts[6:]:
+            stream.send(part)
+        stream.send(Mark.FLUSH)
+        outputs += [answer.samples for _ in range(20) if (answer := stream.receive()) is not None]
+        assert (stream.handovers, stream.reconnections) == (1, 0)
+        assert len(stream.end()) == 0
+    np.testing.assert_array_equal(np.concatenate(outputs), enhance(samples, RATE, enhancer=enhancer))
+
+
+def test_an_asyncio_client_moves_with_its_state(replacement: Replacement, enhancer: Enhancer) -> None:
+    samples = noise(16_000)
+
+    async def main() -> list[np.ndarray]:
+        async with AsyncClient("calls:50051", resolver=replacement) as client:
+            stream = await client.stream(RATE, compensate_delay=True)
+            outputs = []
+            async for output in stream.pipe(np.split(samples, 50), realtime=True):
+                outputs.append(output)
+                if len(outputs) == 10:
+                    replacement.stop()
+            assert (stream.handovers, stream.reconnections) == (1, 0)
+            return outputs
+
+    output = np.concatenate(asyncio.run(main()))
+    np.testing.assert_array_equal(output, enhance(samples, RATE, enhancer=enhancer))
+
+
+def test_a_client_whose_state_is_refused_begins_afresh(
+    replacement: Replacement, enhancer: Enhancer, keys: Path
+) -> None:
+    """All dry the output does not depend on the memory that is lost: every sample must be in its place."""
+    samples = noise(8_000)
+    parts = np.split(samples, 50)
+    dry = Controls(mix=0)
+
+    async def speak(client: AsyncClient) -> tuple[AsyncLiveStream, list[np.ndarray]]:
+        stream = await client.stream(RATE, controls=dry, compensate_delay=True)
+        outputs = [await stream.push(part) for part in parts[:10]]
+        await asyncio.to_thread(told_to_stop.wait)
+        return stream, [*outputs, *[await stream.push(part) for part in parts[10:]], await stream.end()]
+
+    async def main() -> tuple[AsyncLiveStream, list[np.ndarray]]:
+        async with AsyncClient("calls:50051", resolver=replacement) as client:
+            return await speak(client)
+
+    told_to_stop = threading.Event()
+    with ThreadPoolExecutor() as pool, Client("calls:50051", resolver=replacement) as client:
+        other = pool.submit(asyncio.run, main())
+        stream = client.stream(RATE, controls=dry, compensate_delay=True)
+        outputs = [stream.push(part) for part in parts[:10]]
+        eventually(lambda: replacement.active == 2, "both streams")
+        written(keys, OTHER_KEY)
+        replacement.stop()
+        told_to_stop.set()
+        outputs += [stream.push(part) for part in parts[10:]]
+        outputs.append(stream.end())
+        results = [(stream, outputs), other.result()]
+    expected = enhance(samples, RATE, controls=dry, enhancer=enhancer)
+    for call, heard in results:
+        assert (call.handovers, call.reconnections) == (0, 1)
+        np.testing.assert_allclose(np.concatenate(heard), expected, atol=1e-3)
+
+
+def test_a_caller_that_knows_no_hand_over_ends_within_the_grace(
+    replacement: Replacement, enhancer: Enhancer
+) -> None:
+    samples = noise(2_000)
+    with calling() as call:
+        stream = call(replacement.server)
+        output = stream.push(samples[:1_000])
+        replacement.stop()
+        answer = stream.ask(audio=samples[1_000:].tobytes()).audio
+        assert answer.draining
+        output += answer.audio + stream.ask(end=pb.End()).audio.audio
+    expected = enhance(samples, RATE, enhancer=enhancer)
+    np.testing.assert_array_equal(np.frombuffer(output, "<f4")[stream.started.delay_samples :], expected)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -65,11 +66,11 @@ class _Connection:
         except (grpc.RpcError, asyncio.InvalidStateError):
             self._write_failed = True
 
-    async def read(self) -> Any:
-        """The next message; raises grpc.RpcError, or InvalidStateError after `drop`."""
+    async def answer(self) -> Response:
+        """The next message; raises grpc.RpcError, EndedError, or InvalidStateError after `drop`."""
         try:
             with _only_own_cancellation():
-                return await self.call.read()
+                response = await self.call.read()
         except grpc.aio.AioRpcError as error:
             if not self._write_failed or error.code() is not grpc.StatusCode.INTERNAL:
                 raise
@@ -78,6 +79,9 @@ class _Connection:
             raise grpc.aio.AioRpcError(
                 grpc.StatusCode.UNAVAILABLE, nothing, nothing, "the connection broke"
             ) from error
+        if response is grpc.aio.EOF:
+            raise EndedError("the server ended the stream before its end was asked for")
+        return response
 
     def drop(self) -> None:
         """Hang up; may be called again."""
@@ -99,8 +103,11 @@ class AsyncLiveStream:
     def __init__(self, client: "AsyncClient", talk: Conversation, timeout_seconds: float | None) -> None:
         self.last: pb.EnhancedAudio | None = None
         """The newest audio that came, with its position and its report."""
+        self.handovers = 0
+        """How often another server went on with the stream's state, without a difference."""
         self.reconnections = 0
-        """How often the stream was taken up again, on another connection."""
+        """How often the stream was taken up again without it, after a short fade."""
+        self._answers: deque[Answer] = deque()  # that came early, while the stream moved
         self._client = client
         self._talk = talk
         self._timeout_seconds = timeout_seconds
@@ -109,6 +116,7 @@ class AsyncLiveStream:
         self._error: Exception | None = None
         self._connection: _Connection
         self._may_move = 0.0  # not before this time
+        self._spent = False  # the server has given the state away, or was asked to: it answers nothing more
         self._attempts = Attempts(client.pods, client.patience_seconds)
         self._n_answers = -1  # when they began, after a loss
 
@@ -187,26 +195,27 @@ class AsyncLiveStream:
 
     async def receive(self) -> Answer | None:
         """Wait for the answer to the oldest item that has none; None when the end was answered."""
-        while not self._talk.ended:
+        while self._answers or not self._talk.ended:
+            if self._answers:
+                return self._tell(self._answers.popleft())
+            if self._spent:
+                await self._resume(None)
+                continue
             try:
-                response = await self._connection.read()
+                response = await self._connection.answer()
             except grpc.RpcError as error:
                 await self._resume(error)
                 continue
             except asyncio.InvalidStateError:
                 raise self._error or EndedError("the stream was closed") from None
-            if response is grpc.aio.EOF:
-                raise EndedError("the server ended the stream before its end was asked for")
             answer = self._talk.take(response)
             self._room.set()
             if answer is not None:
-                if answer.message.HasField("audio"):
-                    self.last = answer.message.audio
                 if self._talk.ended:
-                    await self._hang_up()
-                elif self.last is not None and self.last.draining:
+                    await self._hang_up(self._connection)
+                elif answer.message.audio.draining:
                     await self._move()
-                return answer
+                return self._tell(answer)
         return None
 
     def close(self) -> None:
@@ -228,6 +237,11 @@ class AsyncLiveStream:
             raise EndedError("the stream was ended")
         return answer
 
+    def _tell(self, answer: Answer) -> Answer:
+        if answer.message.HasField("audio"):
+            self.last = answer.message.audio
+        return answer
+
     async def _connect(self, attempts: Attempts) -> None:
         """Find a server."""
         while True:
@@ -247,22 +261,29 @@ class AsyncLiveStream:
     async def _open(self, address: str) -> _Connection:
         """Begin, or go on, at a server."""
         opening = self._talk.opening()
-        connection = _Connection(self._client, address, self._timeout_seconds)
+        connection, response = await self._call(address, opening.messages)
         try:
-            for request in opening.messages:
-                await connection.write(request)
-            response = await connection.read()
-            if response is grpc.aio.EOF:
-                raise EndedError("the server ended the stream before it began")
             self._talk.opened(opening, response)
         except BaseException:
             connection.drop()
             raise
-        self._client.pods.succeeded(address)
         return connection
 
-    async def _resume(self, lost: grpc.RpcError) -> None:
-        """Go on after a connection was lost; raises the error if that is no use."""
+    async def _call(self, address: str, messages: list[Request]) -> tuple[_Connection, Response]:
+        """Send messages to a server; returns what it answers to the first."""
+        connection = _Connection(self._client, address, self._timeout_seconds)
+        try:
+            for request in messages:
+                await connection.write(request)
+            response = await connection.answer()
+        except BaseException:
+            connection.drop()
+            raise
+        self._client.pods.succeeded(address)
+        return connection, response
+
+    async def _resume(self, lost: grpc.RpcError | None) -> None:
+        """Go on after a connection was lost, or is of no use (None); raises the error if that is none."""
         self._connection.drop()
         async with self._writing:
             try:
@@ -271,9 +292,11 @@ class AsyncLiveStream:
                 if self._talk.n_answers != self._n_answers:  # it worked since the last time
                     self._n_answers = self._talk.n_answers
                     self._attempts = Attempts(self._client.pods, self._client.patience_seconds)
-                self._attempts.lost(self._connection.address, lost)
+                if lost is not None:
+                    self._attempts.lost(self._connection.address, lost)
                 await self._connect(self._attempts)
                 self.reconnections += 1
+                self._spent = False
             except Exception as error:
                 self._error = error
                 self._room.set()
@@ -292,6 +315,9 @@ class AsyncLiveStream:
             if address is None:
                 return
             try:
+                if self._talk.movable:
+                    await self._hand_over(*await self._call(address, self._talk.opening().messages[:1]))
+                    return
                 self._connection = await self._open(address)
             except grpc.RpcError:
                 pods.avoid(address)
@@ -299,12 +325,34 @@ class AsyncLiveStream:
             old.drop()
             self.reconnections += 1
 
-    async def _hang_up(self) -> None:
-        """The end was answered: wait for the status, whatever it is."""
+    async def _hand_over(self, new: _Connection, response: Response) -> None:
+        """Let another server, which answered the config, go on with the stream's state."""
+        old, self._spent = self._connection, True
+        try:
+            await old.write(self._talk.hand_over(response))
+            while not (given := await old.answer()).HasField("handed_over"):
+                if (answer := self._talk.take(given)) is not None:
+                    self._answers.append(answer)
+            await new.write(self._talk.moved(response, given))
+            await new.answer()
+        except (grpc.RpcError, EndedError, asyncio.InvalidStateError):
+            new.drop()
+            return
+        except BaseException:
+            new.drop()
+            raise
+        self._connection, self._spent = new, False
+        await self._hang_up(old)
+        self.handovers += 1
+        self._room.set()
+
+    @staticmethod
+    async def _hang_up(connection: _Connection) -> None:
+        """The last answer came: wait for the status, whatever it is."""
         with suppress(grpc.RpcError, asyncio.InvalidStateError):
-            await self._connection.call.done_writing()
-            await self._connection.call.code()
-        self._connection.drop()
+            await connection.call.done_writing()
+            await connection.call.code()
+        connection.drop()
 
     def _fail(self, error: Exception) -> None:
         """End the stream, from any task."""

@@ -1,8 +1,10 @@
 """What a live stream has asked and what came back: the part of the client that knows no network.
 
-It outlives the connection. What was asked is kept until its answer has come, and so is the end of what
-was answered; `opening` makes of it the messages that bring another server to where the lost one was.
-The next answer then goes on at the very sample where the answers stopped: none is missing or doubled.
+It outlives the connection. A server that is about to stop gives the stream's state away, and another one goes
+on from it without a difference. If the server is lost, so is the state: what was asked is kept until its
+answer has come, and so is the last second of what was answered; `opening` makes of it the messages that bring
+another server to where the lost one was. Either way the next answer goes on at the very sample where the
+answers stopped: none is missing or doubled.
 """
 
 import time
@@ -163,6 +165,22 @@ class Conversation:
         self._n_repeats_due = opening.n_repeated
         if self._lead_in is None:
             self._lead_in = delay if self._compensate else 0
+
+    @property
+    def movable(self) -> bool:
+        """Whether the server would hand the stream over, and the stream has not ended meanwhile."""
+        ending = bool(self._asked) and self._asked[-1].HasField("end")
+        return bool(self.started.challenge) and not ending
+
+    def hand_over(self, elsewhere: Response) -> Request:
+        """Asks for the stream's state, for the server that answered an opening's first message."""
+        return Request(hand_over=pb.HandOver(challenge=elsewhere.started.challenge))
+
+    def moved(self, elsewhere: Response, handed_over: Response) -> Request:
+        """The message that lets that server go on; all that was asked is answered by now."""
+        assert not self._asked
+        self.started = elsewhere.started
+        return Request(resume=pb.Resume(state=handed_over.handed_over.state))
 
     def take(self, response: Response) -> Answer | None:
         """The next message of the server; None if it only repeats what is known."""

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from queue import SimpleQueue
@@ -81,8 +82,11 @@ class LiveStream:
     def __init__(self, client: "Client", talk: Conversation, timeout_seconds: float | None) -> None:
         self.last: pb.EnhancedAudio | None = None
         """The newest audio that came, with its position and its report."""
+        self.handovers = 0
+        """How often another server went on with the stream's state, without a difference."""
         self.reconnections = 0
-        """How often the stream was taken up again, on another connection."""
+        """How often the stream was taken up again without it, after a short fade."""
+        self._answers: deque[Answer] = deque()  # that came early, while the stream moved
         self._client = client
         self._talk = talk
         self._timeout_seconds = timeout_seconds
@@ -90,6 +94,7 @@ class LiveStream:
         self._error: Exception | None = None
         self._connection: _Connection
         self._may_move = 0.0  # not before this time
+        self._spent = False  # the server has given the state away, or was asked to: it answers nothing more
         self._attempts = Attempts(client.pods, client.patience_seconds)
         self._n_answers = -1  # when they began, after a loss
         with self._changed:
@@ -159,7 +164,12 @@ class LiveStream:
 
     def receive(self) -> Answer | None:
         """Wait for the answer to the oldest item that has none; None when the end was answered."""
-        while not self._talk.ended:
+        while self._answers or not self._talk.ended:
+            if self._answers:
+                return self._tell(self._answers.popleft())
+            if self._spent:
+                self._resume(None)
+                continue
             try:
                 response = next(self._connection.call, None)
             except grpc.RpcError as error:
@@ -171,13 +181,11 @@ class LiveStream:
                 answer = self._talk.take(response)
                 self._changed.notify_all()
             if answer is not None:
-                if answer.message.HasField("audio"):
-                    self.last = answer.message.audio
                 if self._talk.ended:
-                    self._hang_up()
-                elif self.last is not None and self.last.draining:
+                    self._hang_up(self._connection)
+                elif answer.message.audio.draining:
                     self._move()
-                return answer
+                return self._tell(answer)
         return None
 
     def close(self) -> None:
@@ -199,6 +207,11 @@ class LiveStream:
             raise EndedError("the stream was ended")
         return answer
 
+    def _tell(self, answer: Answer) -> Answer:
+        if answer.message.HasField("audio"):
+            self.last = answer.message.audio
+        return answer
+
     def _connect(self, attempts: Attempts) -> None:
         """Find a server; the lock is held, but for pauses."""
         while True:
@@ -218,22 +231,31 @@ class LiveStream:
     def _open(self, address: str) -> _Connection:
         """Begin, or go on, at a server."""
         opening = self._talk.opening()
+        connection, response = self._call(address, opening.messages)
+        try:
+            self._talk.opened(opening, response)
+        except BaseException:
+            connection.drop()
+            raise
+        return connection
+
+    def _call(self, address: str, messages: list[Request]) -> tuple[_Connection, Response]:
+        """Send messages to a server; returns what it answers to the first."""
         connection = _Connection(self._client, address, self._timeout_seconds)
-        for request in opening.messages:
+        for request in messages:
             connection.requests.put(request)
         try:
             response = next(connection.call, None)
             if response is None:
                 raise EndedError("the server ended the stream before it began")
-            self._talk.opened(opening, response)
         except BaseException:
             connection.drop()
             raise
         self._client.pods.succeeded(address)
-        return connection
+        return connection, response
 
-    def _resume(self, lost: grpc.RpcError) -> None:
-        """Go on after a connection was lost; raises the error if that is no use."""
+    def _resume(self, lost: grpc.RpcError | None) -> None:
+        """Go on after a connection was lost, or is of no use (None); raises the error if that is none."""
         with self._changed:
             self._connection.drop()
             try:
@@ -242,9 +264,11 @@ class LiveStream:
                 if self._talk.n_answers != self._n_answers:  # it worked since the last time
                     self._n_answers = self._talk.n_answers
                     self._attempts = Attempts(self._client.pods, self._client.patience_seconds)
-                self._attempts.lost(self._connection.address, lost)
+                if lost is not None:
+                    self._attempts.lost(self._connection.address, lost)
                 self._connect(self._attempts)
                 self.reconnections += 1
+                self._spent = False
             except Exception as error:
                 self._error = error
                 self._changed.notify_all()
@@ -263,6 +287,9 @@ class LiveStream:
             if address is None:
                 return
             try:
+                if self._talk.movable:
+                    self._hand_over(*self._call(address, self._talk.opening().messages[:1]))
+                    return
                 self._connection = self._open(address)
             except grpc.RpcError:
                 pods.avoid(address)
@@ -270,13 +297,32 @@ class LiveStream:
             old.drop()
             self.reconnections += 1
 
-    def _hang_up(self) -> None:
-        """The end was answered: wait for the status, whatever it is."""
-        self._connection.requests.put(None)
+    def _hand_over(self, new: _Connection, response: Response) -> None:
+        """Let another server, which answered the config, go on with the stream's state."""
+        old, self._spent = self._connection, True
+        try:
+            old.requests.put(self._talk.hand_over(response))
+            while not (given := next(old.call)).HasField("handed_over"):
+                if (answer := self._talk.take(given)) is not None:
+                    self._answers.append(answer)
+            new.requests.put(self._talk.moved(response, given))
+            next(new.call)
+        except (grpc.RpcError, StopIteration):
+            new.drop()
+            return
+        self._connection, self._spent = new, False
+        self._hang_up(old)
+        self.handovers += 1
+        self._changed.notify_all()
+
+    @staticmethod
+    def _hang_up(connection: _Connection) -> None:
+        """The last answer came: wait for the status, whatever it is."""
+        connection.requests.put(None)
         with suppress(grpc.RpcError):
-            for _ in self._connection.call:
+            for _ in connection.call:
                 pass
-        self._connection.drop()
+        connection.drop()
 
     def _fail(self, error: Exception) -> None:
         """End the stream, from any thread."""
