@@ -374,6 +374,32 @@ def test_a_stream_moves_over_websocket(servers: list[Server]) -> None:
         assert two.recv(timeout=TIMEOUT_SECONDS) == unbroken.push(samples[600:])
 
 
+def test_a_session_moves_within_an_rpc_of_many(servers: list[Server]) -> None:
+    requests: SimpleQueue[pb.EnhanceStreamsRequest | None] = SimpleQueue()
+    samples = noise(1_000)
+    with calling() as call, grpc.insecure_channel(f"127.0.0.1:{servers[0].grpc.port}") as channel:
+        unbroken = call(servers[0])
+        responses: Any = channel.stream_stream(
+            "/percepnet_service.v1.EnhancementService/EnhanceStreams",
+            pb.EnhanceStreamsRequest.SerializeToString,
+            pb.EnhanceStreamsResponse.FromString,
+        )(iter(requests.get, None), timeout=TIMEOUT_SECONDS)
+        parts = (part for response in responses for part in response.sessions)
+
+        def ask(number: int, **payload: Any) -> pb.EnhanceStreamResponse:
+            request = pb.SessionRequest(session_id=number, request=Request(**payload))
+            requests.put(pb.EnhanceStreamsRequest(sessions=[request]))
+            return next(part.response for part in parts if part.session_id == number)
+
+        ask(1, config=CONFIG)
+        challenge = ask(2, config=CONFIG).started.challenge
+        assert ask(1, audio=samples[:600].tobytes()).audio.audio == unbroken.push(samples[:600])
+        state = ask(1, hand_over=pb.HandOver(challenge=challenge)).handed_over.state
+        assert ask(2, resume=pb.Resume(state=state)).resumed.position == 600
+        assert ask(2, audio=samples[600:].tobytes()).audio.audio == unbroken.push(samples[600:])
+        requests.put(None)
+
+
 # The project's clients, and others
 
 

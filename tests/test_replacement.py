@@ -112,7 +112,7 @@ class Caller:
 
     def _speech(self) -> Iterator[np.ndarray]:
         while not self._enough.is_set():
-            self.said.append((0.1 * self._random.standard_normal(self.rate // 50)).astype(np.float32))
+            self.said.append((0.1 * self._random.standard_normal(self.rate // 10)).astype(np.float32))
             yield self.said[-1]
 
 
@@ -170,7 +170,7 @@ def test_a_killed_server_costs_its_streams_no_sample(fleet: Fleet, monkeypatch: 
         calls = [pool.submit(caller.speak, client) for caller in callers[::2]]
         calls.append(pool.submit(speak_at_once, callers[1::2], fleet))
         try:
-            eventually(lambda: all(len(caller.heard) > 9 for caller in callers), "all streams")
+            eventually(lambda: all(len(caller.heard) > 5 for caller in callers), "all streams")
             fleet.listed = [other]
             killed.process.kill()
             eventually(lambda: all(caller.stream.reconnections for caller in callers), "a new connection")
