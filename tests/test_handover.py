@@ -432,9 +432,10 @@ def replacement(
         yield Replacement(server, servers[0])
 
 
-def test_a_client_moves_with_its_state(replacement: Replacement, enhancer: Enhancer) -> None:
+@pytest.mark.parametrize("multiplex", [False, True])
+def test_a_client_moves_with_its_state(replacement: Replacement, enhancer: Enhancer, multiplex: bool) -> None:
     """With audio and parameters under way, within a passage that is not the first."""
-    with Client("calls:50051", resolver=replacement) as client:
+    with Client("calls:50051", multiplex=multiplex, resolver=replacement) as client:
         stream = client.stream(RATE, compensate_delay=True)
         stream.push(noise(999))
         stream.flush()
@@ -454,11 +455,14 @@ def test_a_client_moves_with_its_state(replacement: Replacement, enhancer: Enhan
     np.testing.assert_array_equal(np.concatenate(outputs), enhance(samples, RATE, enhancer=enhancer))
 
 
-def test_an_asyncio_client_moves_with_its_state(replacement: Replacement, enhancer: Enhancer) -> None:
+@pytest.mark.parametrize("multiplex", [False, True])
+def test_an_asyncio_client_moves_with_its_state(
+    replacement: Replacement, enhancer: Enhancer, multiplex: bool
+) -> None:
     samples = noise(16_000)
 
     async def main() -> list[np.ndarray]:
-        async with AsyncClient("calls:50051", resolver=replacement) as client:
+        async with AsyncClient("calls:50051", multiplex=multiplex, resolver=replacement) as client:
             stream = await client.stream(RATE, compensate_delay=True)
             outputs = []
             async for output in stream.pipe(np.split(samples, 50), realtime=True):

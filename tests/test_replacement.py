@@ -117,10 +117,10 @@ class Caller:
 
 
 def speak_at_once(callers: list[Caller], fleet: Fleet) -> None:
-    """All on one event loop."""
+    """All on one event loop, and with each server over one RPC."""
 
     async def main() -> None:
-        async with AsyncClient("calls:50051", resolver=fleet.resolve) as client:
+        async with AsyncClient("calls:50051", multiplex=True, resolver=fleet.resolve) as client:
             await asyncio.gather(*(caller.speak_async(client) for caller in callers))
 
     asyncio.run(main())
