@@ -13,7 +13,9 @@ from service.metrics import Metrics
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine whose rounds take 1 ms, and 0.1 ms more for each stream."""
-    monkeypatch.setattr(capacity, "_round_seconds", lambda enhancer, n: 1e-3 + 1e-4 * n)
+    monkeypatch.setattr(
+        capacity, "_round_seconds", lambda enhancer, batches: [1e-3 + 1e-4 * n for n in batches]
+    )
 
 
 @pytest.mark.usefixtures("steady")
