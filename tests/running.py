@@ -1,12 +1,16 @@
 """The service on real sockets, in a thread of the tests."""
 
+import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Self
 
+from percepnet.cli import main
 from percepnet.enhancer import Enhancer
 from service.main import Server
 from service.settings import Address, Settings
@@ -34,6 +38,13 @@ def running(enhancer: Enhancer, **choices: Any) -> Iterator[Server]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def serve(log: Path, flags: list[str]) -> None:
+    """`percepnet serve` in this process, with its log in a file."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    main(["serve", *flags])
 
 
 class Link:

@@ -4,10 +4,9 @@ Invariant: no sample is lost or doubled; and if the server was told to stop, non
 """
 
 import asyncio
+import multiprocessing
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from threading import Event
 import numpy as np
 import pytest
 from conftest import export_random_model
-from running import TIMEOUT_SECONDS, eventually
+from running import TIMEOUT_SECONDS, eventually, serve
 
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model
@@ -28,6 +27,10 @@ RATES = (8_000, 16_000, 44_100, 48_000)
 N_STREAMS = 20
 
 
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["running"])  # what every pod imports takes a second; here it is done once
+
+
 class Pod:
     """A server in a process of its own."""
 
@@ -37,10 +40,14 @@ class Pod:
         settings |= {"workers": 1, "http_listen": "127.0.0.1:0", "grpc_listen": self.address}
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         self._log = folder / f"{self.address}.log"
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "percepnet.cli", "serve", *flags], stderr=log
-            )
+        self._log.touch()
+        self.process = PROCESSES.Process(target=serve, args=(self._log, flags))
+        self.process.start()
+
+    def wait(self) -> int | None:
+        """The exit status, once it has stopped."""
+        self.process.join(TIMEOUT_SECONDS)
+        return self.process.exitcode
 
     @property
     def log(self) -> str:
@@ -62,7 +69,7 @@ class Fleet:
 
     def ready(self, n_pods: int) -> list[Pod]:
         """So many pods that serve."""
-        alive = [pod for pod in self._started if pod.process.poll() is None][:n_pods]
+        alive = [pod for pod in self._started if pod.process.is_alive()][:n_pods]
         new = [Pod(self._folder, **self._settings) for _ in range(n_pods - len(alive))]
         self._started += new
         for pod in new:
@@ -78,7 +85,7 @@ class Fleet:
     def close(self) -> None:
         for pod in self._started:
             pod.process.kill()
-            pod.process.wait()
+            pod.process.join()
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +152,7 @@ def test_a_rolling_replacement_under_live_streams_changes_no_sample(
                 fleet.listed.append(successor)
                 fleet.listed.remove(pod)
                 pod.process.terminate()
-                assert pod.process.wait(TIMEOUT_SECONDS) == -signal.SIGTERM
+                assert pod.wait() == -signal.SIGTERM
         finally:
             enough.set()
         for call in calls:
