@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from running import running
+from running import TIMEOUT_SECONDS, running
 
 from percepnet import cli
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model
-from service import wakeups
+from service import load, wakeups
 from service.load import EXAMPLE, LoadError, Plan, Process, Result, messages_of, put_on, row, search, speech
 from service.loadwire import Connection, WireError
 from service.main import Server
@@ -24,6 +24,13 @@ RATE = 16_000
 def server(random_model: Model) -> Iterator[Server]:
     with running(Enhancer(random_model), max_streams=4) as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def any_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine answers late; all that is sent fits HTTP/2's first window."""
+    monkeypatch.setattr(load, "WARM_UP_SECONDS", 0.1)
+    monkeypatch.setattr(load, "PATIENCE_SECONDS", TIMEOUT_SECONDS)
 
 
 @pytest.fixture
