@@ -18,6 +18,7 @@ from percepnet.model import Model
 from percepnet.stream import enhance
 from service import capacity
 from service.client import Client
+from service.client.conversation import MEMORY_SECONDS, MESSAGE_SECONDS, WINDOW_SECONDS
 from service.engine import Room
 from service.main import Server
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
@@ -86,6 +87,16 @@ def by_session(responses: Iterable[pb.EnhanceStreamsResponse]) -> dict[int, list
 
 def audio(parts: list[pb.SessionResponse]) -> np.ndarray:
     return np.frombuffer(b"".join(part.response.audio.audio for part in parts), "<f4")
+
+
+def test_all_that_a_client_sends_to_take_a_stream_up_again_is_taken(channel: grpc.Channel) -> None:
+    """In one message, before the session can begin: what was answered last, and a whole window."""
+    seconds = MEMORY_SECONDS + WINDOW_SECONDS + MESSAGE_SECONDS + 0.05
+    chunks = np.split(noise(4_800 * round(10 * seconds)), round(10 * seconds))
+    speech = ((1, {"audio": chunk.tobytes()}) for chunk in chunks)
+    found = by_session(opened(channel, [message((1, config(48_000)), *speech, (1, {"end": pb.End()}))]))
+    assert found[1][-1].ended == pb.SessionEnded()
+    assert len(audio(found[1])) == sum(map(len, chunks))
 
 
 def test_each_session_is_the_offline_result_and_what_is_ready_together_comes_together(channel, enhancer):

@@ -7,8 +7,8 @@ import asyncio
 import multiprocessing
 import signal
 import socket
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
@@ -133,6 +133,18 @@ def speak_at_once(callers: list[Caller], fleet: Fleet) -> None:
     asyncio.run(main())
 
 
+def wait_for(condition: Callable[[], bool], what: str, calls: list[Future[None]]) -> None:
+    """Return once it holds; raises what ends a call before."""
+
+    def holds() -> bool:
+        for call in calls:
+            if call.done():
+                call.result()
+        return condition()
+
+    eventually(holds, what)
+
+
 def test_a_rolling_replacement_under_live_streams_changes_no_sample(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +159,7 @@ def test_a_rolling_replacement_under_live_streams_changes_no_sample(
         calls = [pool.submit(caller.speak, client) for caller in in_threads]
         calls.append(pool.submit(speak_at_once, on_a_loop, fleet))
         try:
-            eventually(lambda: all(caller.heard for caller in callers), "all streams")
+            wait_for(lambda: all(caller.heard for caller in callers), "all streams", calls)
             for pod, successor in zip(old, new, strict=True):
                 fleet.listed.append(successor)
                 fleet.listed.remove(pod)
@@ -177,10 +189,10 @@ def test_a_killed_server_costs_its_streams_no_sample(fleet: Fleet, monkeypatch: 
         calls = [pool.submit(caller.speak, client) for caller in callers[::2]]
         calls.append(pool.submit(speak_at_once, callers[1::2], fleet))
         try:
-            eventually(lambda: all(len(caller.heard) > 5 for caller in callers), "all streams")
+            wait_for(lambda: all(len(caller.heard) > 5 for caller in callers), "all streams", calls)
             fleet.listed = [other]
             killed.process.kill()
-            eventually(lambda: all(caller.stream.reconnections for caller in callers), "a new connection")
+            wait_for(lambda: all(caller.stream.reconnections for caller in callers), "another server", calls)
         finally:
             enough.set()
         for call in calls:
