@@ -24,9 +24,9 @@ from service.messages import pb
 from service.streams import Streams
 
 AHEAD_BYTES = 512 * 1024
-"""Requests of one session that may wait besides what it may have unanswered: the 2.6 s at 48 kHz in floats that
-our client sends at once when it takes a stream up again. HTTP/2 would hold an RPC of its own back; here that
-would hold back all sessions."""
+"""Requests of one session that may wait besides what it may have unanswered: the 2.6 s, at 48 kHz in floats,
+that our client sends at once when it takes a stream up again. HTTP/2 would hold an RPC of its own back; here
+that would hold back all sessions."""
 
 MESSAGE_BYTES = 1024 * 1024
 """Answers of one message, and those that may wait for the caller to read: callers take 4 MiB by default."""
