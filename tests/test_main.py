@@ -31,7 +31,7 @@ def test_a_setting_that_cannot_be_meant_is_told_in_one_line(capsys: pytest.Captu
 
 
 def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SERVE, "--model", str(tmp_path / "model.onnx")]
+    command = [sys.executable, "-c", SERVE, "--workers", "1", "--model", str(tmp_path / "model.onnx")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 1
     assert ended.stderr.startswith("percepnet serve: ")
@@ -42,7 +42,7 @@ def test_the_service_starts_answers_and_stops_on_sigterm(tmp_path: Path) -> None
     model = export_random_model(tmp_path, fc=32, conv=64, gru=64, strength_gru=32)
     listen = {"PERCEPNET_HTTP_LISTEN": "127.0.0.1:0", "PERCEPNET_GRPC_LISTEN": "127.0.0.1:0"}
     environment = {**os.environ, **listen, "PERCEPNET_MODLE": "x"}
-    command = [sys.executable, "-c", SERVE, "--model", str(model)]
+    command = [sys.executable, "-c", SERVE, "--workers", "1", "--model", str(model)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         lines = []
