@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from percepnet import comb, features, pitch, stft
-from percepnet.bands import correlation, power, to_bands
+from percepnet.bands import band_energy, correlation, power, to_bands
 from percepnet.constants import HOP, LOOKAHEAD_FRAMES, N_BANDS, N_BINS, WINDOW
 
 _HISTORY = comb.REACH + WINDOW + comb.LOOKAHEAD - HOP
@@ -92,3 +92,16 @@ def analyze(samples: np.ndarray, state: AnalysisState) -> tuple[Analysis, Analys
     return result, AnalysisState(
         heard[:, -_HISTORY:], all_spectra[:, n_frames:], all_energies[:, n_frames:], pitch_state
     )
+
+
+def follow(samples: np.ndarray, state: AnalysisState) -> tuple[np.ndarray, AnalysisState]:
+    """Take new samples into the memory alone, at a fraction of the cost of analysing their frames.
+
+    samples: as for `analyze`. Returns all that is remembered and then the new samples, float32
+    (streams, 5280 + frames·480), and the new state: that of `analyze`, but the pitch track skips the frames.
+    """
+    heard = np.concatenate([state.samples, samples], axis=-1)
+    spectra = stft.forward(stft.windows(heard[:, -(LOOKAHEAD_FRAMES - 1) * HOP - WINDOW :], WINDOW))
+    correlations = pitch.correlate(heard[:, np.newaxis, -pitch.PASSAGE :])[:, 0]
+    pitch_state = pitch.PitchState(state.pitch.scores, correlations)
+    return heard, AnalysisState(heard[:, -_HISTORY:], spectra, band_energy(spectra), pitch_state)

@@ -14,6 +14,8 @@ def _vorbis_window() -> np.ndarray:
 VORBIS_WINDOW = _vorbis_window()
 """Analysis and synthesis window: its square and that half a window later sum to one (Vorbis I, 4.3.1)."""
 
+_RISE, _FALL = np.split(VORBIS_WINDOW**2, 2)
+
 
 def windows(samples: np.ndarray, length: int, *, start: int = 0, hop: int = HOP) -> np.ndarray:
     """View a signal as overlapping windows, the first of which begins at sample `start`.
@@ -31,6 +33,19 @@ def windows(samples: np.ndarray, length: int, *, start: int = 0, hop: int = HOP)
 def forward(frames: np.ndarray) -> np.ndarray:
     """Window and transform frames: (…, 960) float32 to (…, 481) complex64."""
     return scipy.fft.rfft(frames * VORBIS_WINDOW)
+
+
+def passed(samples: np.ndarray, overlap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `inverse` makes of the unchanged spectra of a signal, without a transform.
+
+    samples: (streams, (frames + 1)·480) float32, all that the frames' windows hold; overlap: as for
+    `inverse`. Returns the samples (streams, frames·480) float32, and the new overlap: the signal itself but
+    for the first hop, in which the overlap of other spectra fades out.
+    """
+    signal = samples[:, :-HOP].copy()
+    signal[:, :HOP] *= _RISE
+    signal[:, :HOP] += overlap
+    return signal, samples[:, -HOP:] * _FALL
 
 
 def inverse(spectrum: np.ndarray, overlap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -68,7 +68,7 @@ class _Speaking:
         started = time.thread_time()
         for session, frame in zip(self._sessions, self._frames, strict=True):
             session.push(frame, 0.0)
-        self._engine.run_round()
+        self._engine.run_round(0.0)
         for session in self._sessions:
             session.answers.clear()
         return time.thread_time() - started

@@ -37,6 +37,16 @@ speaks must not keep the others waiting."""
 DEADLINE_SECONDS = HOP / SAMPLE_RATE
 """A frame should be answered before the next one is there."""
 
+LATE_SECONDS = 0.04
+"""By so much at most an enhanced frame may miss its deadline: a call hides some 40 ms of jitter. Later ones
+are sent dry, so that the stream is in time again."""
+
+PACE_SECONDS = 0.99 * DEADLINE_SECONDS
+"""How fast the frames of somebody who speaks can follow each other, with room for clocks that differ."""
+
+LEAD_SECONDS = 0.5
+"""Whoever sends so far ahead of that pace does not speak, and has time: no frame is sent dry."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -108,6 +118,8 @@ class Answer:
     flushed: bool = False
     controls: Controls | None = None
     report: Report | None = None
+    dry: bool = False
+    """Whether some of the samples were sent without enhancement."""
 
 
 @dataclass(slots=True)
@@ -134,6 +146,7 @@ class Session:
         self.error: Exception | None = None
         self.n_samples = 0  # over all passages, for the books
         self.n_passages = 0  # that were flushed
+        self.n_dry = 0  # frames that were sent dry
         self.on_answer = on_answer
         self._engine = engine
         self._begin()
@@ -147,10 +160,15 @@ class Session:
         delay = self._adapter.latency_samples + self._prefill
         self._frames = np.zeros(0, np.float32)
         self._since = 0.0  # when the newest whole frame was complete
+        self._due: deque[float] = deque()  # when each waiting frame should be answered
+        self._paced = -math.inf  # when the newest frame came, or would have come at the pace of speech
+        self._is_ahead = False  # of that pace, further than somebody who speaks
+        self._dry = (0, 0)  # the newest of the output samples that were sent dry
         self._n_heard = self._n_asked = self._n_answered = self._n_made = 0
         self._lead_in = delay if options.compensate_delay else 0  # samples that nobody asks for
         self._shift = self._lead_in - delay  # from output samples to input samples
         self._made: deque[np.ndarray] = deque()
+        self._n_there = 0  # samples made and not yet answered with
         self._asked: deque[_Asked] = deque()
         self._report = np.zeros(4)  # sums over frames, and their number
         self._drop = self._lead_in
@@ -188,16 +206,33 @@ class Session:
         # A hop of silence rounds the last frame up, one more covers the rounding between the rates.
         self._hear(np.zeros(self._adapter.latency_samples + 2 * hop, np.float32), now)
 
+    def n_late(self, now: float) -> int:
+        """Frames to be sent dry: once the oldest one is too late, all that are past their deadlines.
+
+        The lateness of a frame counts from when it came, or would have come had it been sent as it was
+        spoken: the queue of somebody who sends faster is no fault of the engine.
+        """
+        if self._is_ahead or not self._due or now <= self._due[0] + LATE_SECONDS:
+            return 0
+        return sum(due < now for due in self._due)
+
     def take_frames(self, n_frames: int) -> np.ndarray:
         """The oldest waiting frames, float32 (n_frames·480,)."""
+        for _ in range(n_frames):
+            self._due.popleft()
         frames, self._frames = self._frames[: n_frames * HOP], self._frames[n_frames * HOP :]
         return frames
 
-    def deliver(self, samples: np.ndarray, found: np.ndarray | None) -> None:
-        """Take enhanced frames, float32 (frames·480,), and what was found in them, (3, frames)."""
+    def deliver(self, samples: np.ndarray, found: np.ndarray | None = None, *, dry: bool = False) -> None:
+        """Take finished frames, float32 (frames·480,), and what was found in them, (3, frames)."""
         ready = self._adapter.from_frames(samples[np.newaxis])[0]
         self._n_made += len(ready)
+        start = self._n_answered + self._n_there
         self._keep(pcm.encode(ready, self.options.encoding))
+        if dry:
+            self.n_dry += len(samples) // HOP
+            first = self._dry[0] if self._dry[1] > self._n_answered else start
+            self._dry = first, self._n_answered + self._n_there
         if found is not None:
             self._report += (*found.sum(axis=1), found.shape[1])
         self._settle(self._since)
@@ -230,6 +265,7 @@ class Session:
         self._n_heard, self._n_asked, self._n_answered, self._n_made, self._drop = counts
         self._report = snapshot.take(arrays, "report", np.float64, 4)
         self._made = deque([snapshot.take(arrays, "made", self.options.encoding, None)])
+        self._n_there = len(self._made[0])
         self._adapter.restore(arrays, "adapter")
 
     @property
@@ -255,6 +291,7 @@ class Session:
         """Give the session up."""
         self.error = self.error or error
         self._frames = self._frames[:0]
+        self._due.clear()
         self.on_answer()
 
     def _ask(self, asked: _Asked) -> None:
@@ -266,22 +303,31 @@ class Session:
         if len(frames):
             self._frames = np.concatenate([self._frames, frames]) if len(self._frames) else frames
             self._since = now
+            self._pace(len(frames) // HOP, now)
             self._engine.expect(self)
         self._settle(now)
+
+    def _pace(self, n_frames: int, now: float) -> None:
+        """Note when new frames are due."""
+        if not self._due and self._paced + PACE_SECONDS <= now:
+            self._is_ahead = False
+        for _ in range(n_frames):
+            self._paced = max(self._paced + PACE_SECONDS, now)
+            self._due.append(self._paced + DEADLINE_SECONDS)
+        self._is_ahead = self._is_ahead or self._paced - now > LEAD_SECONDS
 
     def _keep(self, samples: np.ndarray) -> None:
         dropped = min(self._drop, len(samples))
         self._drop -= dropped
         if dropped < len(samples):
             self._made.append(samples[dropped:])
+            self._n_there += len(samples) - dropped
 
     def _settle(self, now: float) -> None:
         """Answer the messages whose samples are there."""
-        n_there = sum(len(samples) for samples in self._made)
         answered = False
-        while self._asked and self._asked[0].n_samples <= n_there:
+        while self._asked and self._asked[0].n_samples <= self._n_there:
             asked = self._asked.popleft()
-            n_there -= asked.n_samples
             self.answers.append(self._answer(asked, max(now, asked.since)))
             answered = True
             if asked.flushed:
@@ -297,8 +343,11 @@ class Session:
             position = max(0, self._n_made - self._adapter.latency_samples)
             return Answer(since, position, controls=asked.controls)
         position = self._n_answered + self._shift
+        dry = self._n_answered < self._dry[1] and self._dry[0] < self._n_answered + asked.n_samples
         self._n_answered += asked.n_samples
-        answer = Answer(since, position, self._take(asked.n_samples), asked.n_samples, asked.flushed)
+        self._n_there -= asked.n_samples
+        audio = self._take(asked.n_samples)
+        answer = Answer(since, position, audio, asked.n_samples, asked.flushed, dry=dry)
         if self._report[3]:
             answer.report = Report(*(float(total / self._report[3]) for total in self._report[:3]))
             self._report[:] = 0
@@ -427,18 +476,26 @@ class Engine:
             self.on_work()
         self._ready[session] = None
 
-    def run_round(self) -> None:
-        """Enhance the same number of frames of every session that has some, and answer what can be."""
+    def run_round(self, now: float) -> None:
+        """Enhance the same number of frames of every session that has some, and answer what can be.
+
+        Before, sessions that are too late catch up: their late frames are sent dry.
+        """
         sessions = [session for session in self._ready if session.n_frames]
         self._ready = dict.fromkeys(sessions)
         if not sessions:
             self._rest()
             return
         started, network_before = time.thread_time(), self._model.cpu_seconds
-        n_frames = min(min(s.n_frames for s in sessions), max(1, ROUND_FRAMES // len(sessions)))
-        self._metrics.tick_streams.observe(len(sessions))
         try:
-            self._enhance(sessions, n_frames)
+            for n_late, late in _alike(sessions, lambda session: session.n_late(now)).items():
+                if n_late:
+                    self._bypass(late, n_late)
+            waiting = [session for session in sessions if session.n_frames]
+            if waiting:
+                n_frames = min(min(s.n_frames for s in waiting), max(1, ROUND_FRAMES // len(waiting)))
+                self._metrics.tick_streams.observe(len(waiting))
+                self._enhance(waiting, n_frames)
         except Exception as error:
             logging.getLogger(__name__).exception("a round of %d streams failed", len(sessions))
             for session in sessions:
@@ -462,6 +519,18 @@ class Engine:
         for i, session in enumerate(sessions):
             report = found[:, i] if found is not None and session.options.report else None
             session.deliver(enhanced[i], report)
+
+    def _bypass(self, sessions: list[Session], n_frames: int) -> None:
+        """Send the oldest frames dry."""
+        sessions = sorted(sessions, key=lambda session: session.row)
+        index = rows.select([session.row for session in sessions])
+        samples = np.stack([session.take_frames(n_frames) for session in sessions])
+        self._ramp(index, n_frames)
+        passed, state = self._enhancer.bypass(samples, rows.take(self._state, index))
+        rows.put(self._state, index, state)
+        self._metrics.dry_frames.inc(n_frames * len(sessions))
+        for session, frames in zip(sessions, passed, strict=True):
+            session.deliver(frames, dry=True)
 
     def _ramp(self, index: rows.Rows, n_frames: int) -> np.ndarray:
         """The parameters of the next frames, float32 (2, streams, frames); (2, streams, 1) if they stay."""
@@ -487,6 +556,14 @@ def prefill(sample_rate: int, message_samples: int) -> int:
     length = Fraction(message_samples * SAMPLE_RATE, sample_rate)
     step = gcd(int(length), HOP) if message_samples and length.denominator == 1 else 1
     return (HOP - step) * sample_rate // SAMPLE_RATE
+
+
+def _alike(sessions: list[Session], key: Callable[[Session], int]) -> dict[int, list[Session]]:
+    """The sessions by a number that each of them has."""
+    groups: dict[int, list[Session]] = {}
+    for session in sessions:
+        groups.setdefault(key(session), []).append(session)
+    return groups
 
 
 def _found(findings: Findings) -> np.ndarray:

@@ -143,6 +143,7 @@ def response(answer: Answer, session: Session, draining: bool) -> pb.EnhanceStre
     if session.answers:
         audio.queued_samples = session.queued_samples
     audio.draining = draining
+    audio.dry = answer.dry
     return pb.EnhanceStreamResponse(audio=audio)
 
 

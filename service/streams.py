@@ -235,6 +235,7 @@ class Conversation:
             audio_seconds=round(audio_seconds, 3),
             open_seconds=round(time.monotonic() - self._opened, 3),
             deadline_misses=self._misses,
+            dry_frames=session.n_dry,
         )
 
     async def _read_messages(self, session: Session) -> pb.HandOver | None:

@@ -45,7 +45,7 @@ class Ticker:
 
     def _tick(self) -> None:
         begun = time.monotonic()
-        self._engine.run_round()
+        self._engine.run_round(begun)
         ended = time.monotonic()
         self._next = ended + AIM_SECONDS - 2 * (ended - begun)
         self._look(_TURNS)

@@ -79,7 +79,7 @@ class _Wire:
         kind = response.WhichOneof("payload")
         if kind == "audio":
             audio = response.audio
-            if audio.HasField("report") or audio.flushed or audio.draining > self._drains:
+            if audio.HasField("report") or audio.flushed or audio.dry or audio.draining > self._drains:
                 self._drains = audio.draining
                 await self._send(text=_text({"audio": _described(audio)}))
             await self._send(bytes=audio.audio)
@@ -137,7 +137,7 @@ def _parse(text: str) -> pb.EnhanceStreamRequest:
 
 def _described(audio: pb.EnhancedAudio) -> dict[str, Any]:
     """What it holds beside its samples."""
-    names = ("position", "flushed", "queued_samples", "draining")
+    names = ("position", "flushed", "queued_samples", "draining", "dry")
     report = {"report": _values(audio.report)} if audio.HasField("report") else {}
     return {name: getattr(audio, name) for name in names} | report
 

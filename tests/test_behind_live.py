@@ -47,6 +47,6 @@ def test_a_file_waits_while_frames_of_a_live_stream_wait(engine, random_model, m
     thread.start()
     thread.join(0.05)
     assert thread.is_alive()
-    engine.run_round()
+    engine.run_round(0.0)
     thread.join(100)
     assert not thread.is_alive()

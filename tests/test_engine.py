@@ -12,7 +12,17 @@ from percepnet.model import Model
 from percepnet.stream import Stream, enhance
 from percepnet.synthesis import Controls, FrameControls
 from service import pcm
-from service.engine import ROUND_FRAMES, Answer, Engine, Options, Session, prefill
+from service.engine import (
+    DEADLINE_SECONDS,
+    LATE_SECONDS,
+    LEAD_SECONDS,
+    ROUND_FRAMES,
+    Answer,
+    Engine,
+    Options,
+    Session,
+    prefill,
+)
 from service.errors import BusyError
 from service.metrics import Metrics
 
@@ -37,7 +47,7 @@ def opened(engine: Engine, rate: int = 48_000, **options: object) -> Session:
 
 def drain(engine: Engine) -> None:
     while engine.has_work:
-        engine.run_round()
+        engine.run_round(0.0)
 
 
 def taken(session: Session) -> list[Answer]:
@@ -119,7 +129,7 @@ def test_streams_that_share_rounds_do_not_influence_each_other(engine, enhancer)
             passing = opened(engine, 32_000)
         passing.push(noise(333, i), 0.0)
         if i % 3:
-            engine.run_round()
+            engine.run_round(0.0)
     for session, signal, step, (rate, controls) in zip(
         sessions, signals, (360, 120, 300), chosen, strict=True
     ):
@@ -191,10 +201,10 @@ def test_per_stream_controls_give_the_same_samples_as_one_for_all(enhancer):
 def test_a_stream_that_sends_ahead_does_not_hold_a_round_for_long(engine):
     bulk, live = opened(engine), opened(engine)
     bulk.push(noise(100 * HOP), 0.0)
-    engine.run_round()
+    engine.run_round(0.0)
     assert bulk.n_frames == 100 - ROUND_FRAMES
     live.push(noise(HOP), 0.0)
-    engine.run_round()
+    engine.run_round(0.0)
     assert len(live.answers) == 1
     drain(engine)
     assert len(taken(bulk)) == 1
@@ -248,11 +258,11 @@ def test_a_round_that_fails_ends_its_streams_and_no_others(engine, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(Enhancer, "process_and_report", lambda *_: 1 / 0)
         broken.push(noise(HOP), 0.0)
-        engine.run_round()
+        engine.run_round(0.0)
     assert isinstance(broken.error, ZeroDivisionError)
     assert "a round of 1 streams failed" in caplog.text
     later.push(noise(HOP), 0.0)
-    engine.run_round()
+    engine.run_round(0.0)
     assert later.error is None
     assert len(taken(later)) == 1
 
@@ -279,3 +289,82 @@ def test_a_stream_of_the_library_and_of_the_engine_are_one(engine, enhancer):
     drain(engine)
     output = audio(taken(session))
     np.testing.assert_array_equal(output[session.delay_samples - stream.latency_samples :], expected)
+
+
+def test_a_stream_that_is_too_late_catches_up_with_frames_sent_dry(engine, enhancer):
+    """Dry from the first frame that is too late to the last that misses its deadline, faded and flagged."""
+    session, other = (opened(engine, message_samples=HOP) for _ in range(2))
+    samples = noise(20 * HOP)
+    stalled = 0.01 * 11 + LATE_SECONDS + 0.0101  # the round at which frame 10 is too late
+    for i, frame in enumerate(np.split(samples, 20)):
+        now = 0.01 * (i + 1)
+        session.push(frame, now)
+        if not 10 <= i < 15:
+            other.push(frame, now)
+            engine.run_round(stalled if i == 15 else now)
+    drain(engine)
+    answers = taken(session)
+    assert [i for i, answer in enumerate(answers) if answer.dry] == [10, 11, 12, 13, 14]
+    assert [answer.position for answer in answers] == [i * HOP - 1440 for i in range(20)]
+    assert (session.n_dry, other.n_dry) == (5, 0)
+    assert not any(answer.dry for answer in taken(other))
+    assert engine._metrics.dry_frames._value.get() == 5
+    output = audio(answers)
+    np.testing.assert_array_equal(output[11 * HOP : 15 * HOP], samples[11 * HOP - 1440 : 15 * HOP - 1440])
+    alone, state = enhancer.process(samples[None, : 10 * HOP], enhancer.initial_state(1))
+    dry, state = enhancer.bypass(samples[None, 10 * HOP : 15 * HOP], state)
+    rest, _ = enhancer.process(samples[None, 15 * HOP :], state)
+    np.testing.assert_array_equal(output, np.concatenate([alone, dry, rest], axis=1)[0])
+
+
+def test_a_frame_that_is_late_but_not_too_late_is_enhanced(engine, enhancer):
+    session = opened(engine)
+    samples = noise(2_000)
+    session.push(samples, 1.0)
+    engine.run_round(1.0 + DEADLINE_SECONDS + LATE_SECONDS)
+    session.flush(1.1)
+    drain(engine)
+    answers = taken(session)
+    assert not any(answer.dry for answer in answers)
+    np.testing.assert_array_equal(
+        audio(answers)[session.delay_samples :], enhance(samples, 48_000, enhancer=enhancer)
+    )
+
+
+@pytest.mark.parametrize("seconds", [0.3, LEAD_SECONDS + 0.1])
+def test_the_queue_of_somebody_who_sends_faster_than_speech_is_not_late(engine, seconds):
+    """At the pace of speech or better no frame is dry; and from some lead on, none at any pace."""
+    session = opened(engine)
+    n_frames = round(100 * seconds)
+    session.push(noise(n_frames * HOP), 0.0)
+    now = 0.0
+    while engine.has_work:
+        n_done = n_frames - session.n_frames
+        now = 0.01 * n_done if seconds < LEAD_SECONDS else now + 10
+        engine.run_round(now)
+    assert session.n_dry == 0
+
+
+def test_who_was_ahead_and_speaks_on_is_late_like_anybody(engine):
+    session = opened(engine)
+    session.push(noise(100 * HOP), 0.0)
+    drain(engine)
+    for i in range(2):
+        session.push(noise(HOP), 100.0 + i)
+        engine.run_round(100.5 + i)
+    assert session.n_dry == 2
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100, 48_000])
+def test_dry_frames_keep_their_place_at_any_rate(engine, rate):
+    """All dry, a stream is its input, as late as stated."""
+    session = opened(engine, rate)
+    step = rate // 100
+    time_s = np.arange(30 * step) / rate
+    tone = (0.5 * np.sin(2 * np.pi * 300 * time_s)).astype(np.float32)
+    for i, chunk in enumerate(np.split(tone, 30)):
+        session.push(chunk, float(i))
+        engine.run_round(i + 0.5)
+    output = audio(taken(session))
+    delay = session.delay_samples
+    np.testing.assert_allclose(output[delay + step :], tone[step : len(output) - delay], atol=2e-3)

@@ -1,6 +1,6 @@
 """The whole signal path around a network: the same bits for a stream, whoever shares its batch or call."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from percepnet.constants import HOP, LATENCY_SAMPLES
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model
-from percepnet.synthesis import Controls
+from percepnet.synthesis import Controls, FrameControls
 
 N_FRAMES = 12
 SAMPLES = signals.voices(N_FRAMES)
@@ -82,6 +82,39 @@ def test_the_caller_may_overwrite_its_buffer(enhancer):
 def test_a_mix_of_0_is_the_input_1440_samples_late(enhancer):
     enhanced, _ = enhancer.process(SAMPLES, enhancer.initial_state(4), Controls(mix=0))
     assert reference.agreement_db(enhanced[:, LATENCY_SAMPLES:], SAMPLES[:, :-LATENCY_SAMPLES]) > 120
+
+
+def test_a_bypass_is_the_input_as_late_faded_over_within_a_hop_on_both_sides(enhancer):
+    """As a mix that goes to 0 and back, for the network's part of the cost: it does not hear the frames."""
+    wet = np.ones((4, N_FRAMES), np.float32)
+    wet[:, 5:9] = 0
+    mixed, _ = enhancer.process(
+        SAMPLES, enhancer.initial_state(4), FrameControls(wet, np.ones_like(wet, np.float32))
+    )
+    before, passed, after = np.split(SAMPLES, [5 * HOP, 9 * HOP], axis=1)
+    first, state = enhancer.process(before, enhancer.initial_state(4))
+    network = {name: part.copy() for name, part in state.network.items()}
+    dry, state = enhancer.bypass(passed, state)
+    np.testing.assert_equal(state.network, network)
+    assert reference.agreement_db(np.concatenate([first, dry], axis=1), mixed[:, : 9 * HOP]) > 120
+    start = 6 * HOP - LATENCY_SAMPLES
+    np.testing.assert_array_equal(dry[:, HOP:], SAMPLES[:, start : start + 3 * HOP])
+    last, _ = enhancer.process(after, state)
+    fade_out = np.sin(np.pi / 2 * np.cos(np.pi * (np.arange(HOP) + 0.5) / (2 * HOP)) ** 2) ** 2
+    alone, _ = enhancer.process(after, replace(state, overlap=np.zeros_like(state.overlap)))
+    faded = SAMPLES[:, 9 * HOP - LATENCY_SAMPLES :][:, :HOP] * fade_out
+    np.testing.assert_allclose(last[:, :HOP], alone[:, :HOP] + faded, atol=1e-6)
+
+
+def test_what_is_bypassed_is_remembered_but_for_the_network(enhancer):
+    _, heard = enhancer.process(SAMPLES, enhancer.initial_state(4))
+    _, state = enhancer.process(SAMPLES[:, : 3 * HOP], enhancer.initial_state(4))
+    for piece in (slice(3 * HOP, 4 * HOP), slice(4 * HOP, N_FRAMES * HOP)):
+        _, state = enhancer.bypass(SAMPLES[:, piece], state)
+    np.testing.assert_array_equal(state.analysis.samples, heard.analysis.samples)
+    np.testing.assert_array_equal(state.analysis.spectra, heard.analysis.spectra)
+    np.testing.assert_allclose(state.analysis.energies, heard.analysis.energies, rtol=1e-6)
+    np.testing.assert_array_equal(state.analysis.pitch.correlation, heard.analysis.pitch.correlation)
 
 
 @pytest.mark.parametrize(

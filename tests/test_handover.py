@@ -71,7 +71,7 @@ def written(path: Path, *lines: str) -> Path:
 
 def drain(engine: Engine) -> None:
     while engine.has_work:
-        engine.run_round()
+        engine.run_round(0.0)
 
 
 def taken(session: Session) -> list[Answer]:

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1service/pb/percepnet_service/v1/enhancement.proto\x12\x14percepnet_service.v1\"\x8a\x01\n\nParameters\x12!\n\x14\x61ttenuation_limit_db\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x03mix\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x17\n\npostfilter\x18\x03 \x01(\x08H\x02\x88\x01\x01\x42\x17\n\x15_attenuation_limit_dbB\x06\n\x04_mixB\r\n\x0b_postfilter\"\xd1\x01\n\x0cStreamConfig\x12\x16\n\x0esample_rate_hz\x18\x01 \x01(\r\x12\x30\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1e.percepnet_service.v1.Encoding\x12\x34\n\nparameters\x18\x03 \x01(\x0b\x32 .percepnet_service.v1.Parameters\x12\x17\n\x0fmessage_samples\x18\x04 \x01(\r\x12\x18\n\x10\x63ompensate_delay\x18\x05 \x01(\x08\x12\x0e\n\x06report\x18\x06 \x01(\x08\"\xdd\x02\n\x14\x45nhanceStreamRequest\x12\x34\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\".percepnet_service.v1.StreamConfigH\x00\x12\x0f\n\x05\x61udio\x18\x02 \x01(\x0cH\x00\x12\x36\n\nparameters\x18\x03 \x01(\x0b\x32 .percepnet_service.v1.ParametersH\x00\x12,\n\x05\x66lush\x18\x04 \x01(\x0b\x32\x1b.percepnet_service.v1.FlushH\x00\x12(\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x19.percepnet_service.v1.EndH\x00\x12\x33\n\thand_over\x18\x06 \x01(\x0b\x32\x1e.percepnet_service.v1.HandOverH\x00\x12.\n\x06resume\x18\x07 \x01(\x0b\x32\x1c.percepnet_service.v1.ResumeH\x00\x42\t\n\x07payload\"\x07\n\x05\x46lush\"\x05\n\x03\x45nd\"\x1d\n\x08HandOver\x12\x11\n\tchallenge\x18\x01 \x01(\x0c\"\x17\n\x06Resume\x12\r\n\x05state\x18\x01 \x01(\x0c\"\xba\x02\n\x15\x45nhanceStreamResponse\x12\x36\n\x07started\x18\x01 \x01(\x0b\x32#.percepnet_service.v1.StreamStartedH\x00\x12\x34\n\x05\x61udio\x18\x02 \x01(\x0b\x32#.percepnet_service.v1.EnhancedAudioH\x00\x12=\n\nparameters\x18\x03 \x01(\x0b\x32\'.percepnet_service.v1.ParametersUpdatedH\x00\x12\x37\n\x0bhanded_over\x18\x04 \x01(\x0b\x32 .percepnet_service.v1.HandedOverH\x00\x12\x30\n\x07resumed\x18\x05 \x01(\x0b\x32\x1d.percepnet_service.v1.ResumedH\x00\x42\t\n\x07payload\"\xb6\x01\n\rStreamStarted\x12\x15\n\rdelay_samples\x18\x01 \x01(\r\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\x32\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\".percepnet_service.v1.StreamConfig\x12\x1c\n\x14idle_timeout_seconds\x18\x05 \x01(\x01\x12\x11\n\tchallenge\x18\x06 \x01(\x0c\"-\n\nHandedOver\x12\r\n\x05state\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\x12\"\x1b\n\x07Resumed\x12\x10\n\x08position\x18\x01 \x01(\x12\"\x99\x01\n\rEnhancedAudio\x12\r\n\x05\x61udio\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\x12\x12,\n\x06report\x18\x03 \x01(\x0b\x32\x1c.percepnet_service.v1.Report\x12\x0f\n\x07\x66lushed\x18\x04 \x01(\x08\x12\x16\n\x0equeued_samples\x18\x05 \x01(\r\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\"I\n\x06Report\x12\x1a\n\x12speech_probability\x18\x01 \x01(\x02\x12\x10\n\x08pitch_hz\x18\x02 \x01(\x02\x12\x11\n\tmean_gain\x18\x03 \x01(\x02\"[\n\x11ParametersUpdated\x12\x34\n\nparameters\x18\x01 \x01(\x0b\x32 .percepnet_service.v1.Parameters\x12\x10\n\x08position\x18\x02 \x01(\x12\"O\n\x15\x45nhanceStreamsRequest\x12\x36\n\x08sessions\x18\x01 \x03(\x0b\x32$.percepnet_service.v1.SessionRequest\"a\n\x0eSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\r\x12;\n\x07request\x18\x02 \x01(\x0b\x32*.percepnet_service.v1.EnhanceStreamRequest\"Q\n\x16\x45nhanceStreamsResponse\x12\x37\n\x08sessions\x18\x01 \x03(\x0b\x32%.percepnet_service.v1.SessionResponse\"\xa5\x01\n\x0fSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\r\x12?\n\x08response\x18\x02 \x01(\x0b\x32+.percepnet_service.v1.EnhanceStreamResponseH\x00\x12\x33\n\x05\x65nded\x18\x03 \x01(\x0b\x32\".percepnet_service.v1.SessionEndedH\x00\x42\x08\n\x06result\"D\n\x0cSessionEnded\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_seconds\x18\x03 \x01(\x01\"\xa3\x01\n\x12\x45nhanceClipRequest\x12\x16\n\x0esample_rate_hz\x18\x01 \x01(\r\x12\x30\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1e.percepnet_service.v1.Encoding\x12\x34\n\nparameters\x18\x03 \x01(\x0b\x32 .percepnet_service.v1.Parameters\x12\r\n\x05\x61udio\x18\x04 \x01(\x0c\"O\n\x13\x45nhanceClipResponse\x12\r\n\x05\x61udio\x18\x01 \x01(\x0c\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\"\x12\n\x10GetStatusRequest\"\x95\x01\n\x11GetStatusResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x63tive_streams\x18\x04 \x01(\r\x12\x17\n\x0fstream_capacity\x18\x05 \x01(\r\x12\x11\n\taccepting\x18\x06 \x01(\x08*L\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45NCODING_S16LE\x10\x01\x12\x12\n\x0e\x45NCODING_F32LE\x10\x02\x32\xb5\x03\n\x12\x45nhancementService\x12l\n\rEnhanceStream\x12*.percepnet_service.v1.EnhanceStreamRequest\x1a+.percepnet_service.v1.EnhanceStreamResponse(\x01\x30\x01\x12o\n\x0e\x45nhanceStreams\x12+.percepnet_service.v1.EnhanceStreamsRequest\x1a,.percepnet_service.v1.EnhanceStreamsResponse(\x01\x30\x01\x12\x62\n\x0b\x45nhanceClip\x12(.percepnet_service.v1.EnhanceClipRequest\x1a).percepnet_service.v1.EnhanceClipResponse\x12\\\n\tGetStatus\x12&.percepnet_service.v1.GetStatusRequest\x1a\'.percepnet_service.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1service/pb/percepnet_service/v1/enhancement.proto\x12\x14percepnet_service.v1\"\x8a\x01\n\nParameters\x12!\n\x14\x61ttenuation_limit_db\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x03mix\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x17\n\npostfilter\x18\x03 \x01(\x08H\x02\x88\x01\x01\x42\x17\n\x15_attenuation_limit_dbB\x06\n\x04_mixB\r\n\x0b_postfilter\"\xd1\x01\n\x0cStreamConfig\x12\x16\n\x0esample_rate_hz\x18\x01 \x01(\r\x12\x30\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1e.percepnet_service.v1.Encoding\x12\x34\n\nparameters\x18\x03 \x01(\x0b\x32 .percepnet_service.v1.Parameters\x12\x17\n\x0fmessage_samples\x18\x04 \x01(\r\x12\x18\n\x10\x63ompensate_delay\x18\x05 \x01(\x08\x12\x0e\n\x06report\x18\x06 \x01(\x08\"\xdd\x02\n\x14\x45nhanceStreamRequest\x12\x34\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\".percepnet_service.v1.StreamConfigH\x00\x12\x0f\n\x05\x61udio\x18\x02 \x01(\x0cH\x00\x12\x36\n\nparameters\x18\x03 \x01(\x0b\x32 .percepnet_service.v1.ParametersH\x00\x12,\n\x05\x66lush\x18\x04 \x01(\x0b\x32\x1b.percepnet_service.v1.FlushH\x00\x12(\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x19.percepnet_service.v1.EndH\x00\x12\x33\n\thand_over\x18\x06 \x01(\x0b\x32\x1e.percepnet_service.v1.HandOverH\x00\x12.\n\x06resume\x18\x07 \x01(\x0b\x32\x1c.percepnet_service.v1.ResumeH\x00\x42\t\n\x07payload\"\x07\n\x05\x46lush\"\x05\n\x03\x45nd\"\x1d\n\x08HandOver\x12\x11\n\tchallenge\x18\x01 \x01(\x0c\"\x17\n\x06Resume\x12\r\n\x05state\x18\x01 \x01(\x0c\"\xba\x02\n\x15\x45nhanceStreamResponse\x12\x36\n\x07started\x18\x01 \x01(\x0b\x32#.percepnet_service.v1.StreamStartedH\x00\x12\x34\n\x05\x61udio\x18\x02 \x01(\x0b\x32#.percepnet_service.v1.EnhancedAudioH\x00\x12=\n\nparameters\x18\x03 \x01(\x0b\x32\'.percepnet_service.v1.ParametersUpdatedH\x00\x12\x37\n\x0bhanded_over\x18\x04 \x01(\x0b\x32 .percepnet_service.v1.HandedOverH\x00\x12\x30\n\x07resumed\x18\x05 \x01(\x0b\x32\x1d.percepnet_service.v1.ResumedH\x00\x42\t\n\x07payload\"\xb6\x01\n\rStreamStarted\x12\x15\n\rdelay_samples\x18\x01 \x01(\r\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12\x32\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\".percepnet_service.v1.StreamConfig\x12\x1c\n\x14idle_timeout_seconds\x18\x05 \x01(\x01\x12\x11\n\tchallenge\x18\x06 \x01(\x0c\"-\n\nHandedOver\x12\r\n\x05state\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\x12\"\x1b\n\x07Resumed\x12\x10\n\x08position\x18\x01 \x01(\x12\"\xa6\x01\n\rEnhancedAudio\x12\r\n\x05\x61udio\x18\x01 \x01(\x0c\x12\x10\n\x08position\x18\x02 \x01(\x12\x12,\n\x06report\x18\x03 \x01(\x0b\x32\x1c.percepnet_service.v1.Report\x12\x0f\n\x07\x66lushed\x18\x04 \x01(\x08\x12\x16\n\x0equeued_samples\x18\x05 \x01(\r\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x0b\n\x03\x64ry\x18\x07 \x01(\x08\"I\n\x06Report\x12\x1a\n\x12speech_probability\x18\x01 \x01(\x02\x12\x10\n\x08pitch_hz\x18\x02 \x01(\x02\x12\x11\n\tmean_gain\x18\x03 \x01(\x02\"[\n\x11ParametersUpdated\x12\x34\n\nparameters\x18\x01 \x01(\x0b\x32 .percepnet_service.v1.Parameters\x12\x10\n\x08position\x18\x02 \x01(\x12\"O\n\x15\x45nhanceStreamsRequest\x12\x36\n\x08sessions\x18\x01 \x03(\x0b\x32$.percepnet_service.v1.SessionRequest\"a\n\x0eSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\r\x12;\n\x07request\x18\x02 \x01(\x0b\x32*.percepnet_service.v1.EnhanceStreamRequest\"Q\n\x16\x45nhanceStreamsResponse\x12\x37\n\x08sessions\x18\x01 \x03(\x0b\x32%.percepnet_service.v1.SessionResponse\"\xa5\x01\n\x0fSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\r\x12?\n\x08response\x18\x02 \x01(\x0b\x32+.percepnet_service.v1.EnhanceStreamResponseH\x00\x12\x33\n\x05\x65nded\x18\x03 \x01(\x0b\x32\".percepnet_service.v1.SessionEndedH\x00\x42\x08\n\x06result\"D\n\x0cSessionEnded\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_seconds\x18\x03 \x01(\x01\"\xa3\x01\n\x12\x45nhanceClipRequest\x12\x16\n\x0esample_rate_hz\x18\x01 \x01(\r\x12\x30\n\x08\x65ncoding\x18\x02 \x01(\x0e\x32\x1e.percepnet_service.v1.Encoding\x12\x34\n\nparameters\x18\x03 \x01(\x0b\x32 .percepnet_service.v1.Parameters\x12\r\n\x05\x61udio\x18\x04 \x01(\x0c\"O\n\x13\x45nhanceClipResponse\x12\r\n\x05\x61udio\x18\x01 \x01(\x0c\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x15\n\rmodel_version\x18\x03 \x01(\t\"\x12\n\x10GetStatusRequest\"\x95\x01\n\x11GetStatusResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x63tive_streams\x18\x04 \x01(\r\x12\x17\n\x0fstream_capacity\x18\x05 \x01(\r\x12\x11\n\taccepting\x18\x06 \x01(\x08*L\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45NCODING_S16LE\x10\x01\x12\x12\n\x0e\x45NCODING_F32LE\x10\x02\x32\xb5\x03\n\x12\x45nhancementService\x12l\n\rEnhanceStream\x12*.percepnet_service.v1.EnhanceStreamRequest\x1a+.percepnet_service.v1.EnhanceStreamResponse(\x01\x30\x01\x12o\n\x0e\x45nhanceStreams\x12+.percepnet_service.v1.EnhanceStreamsRequest\x1a,.percepnet_service.v1.EnhanceStreamsResponse(\x01\x30\x01\x12\x62\n\x0b\x45nhanceClip\x12(.percepnet_service.v1.EnhanceClipRequest\x1a).percepnet_service.v1.EnhanceClipResponse\x12\\\n\tGetStatus\x12&.percepnet_service.v1.GetStatusRequest\x1a\'.percepnet_service.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'service.pb.percepnet_service.v1.enhancement_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODING']._serialized_start=2674
-  _globals['_ENCODING']._serialized_end=2750
+  _globals['_ENCODING']._serialized_start=2687
+  _globals['_ENCODING']._serialized_end=2763
   _globals['_PARAMETERS']._serialized_start=76
   _globals['_PARAMETERS']._serialized_end=214
   _globals['_STREAMCONFIG']._serialized_start=217
@@ -56,29 +56,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESUMED']._serialized_start=1401
   _globals['_RESUMED']._serialized_end=1428
   _globals['_ENHANCEDAUDIO']._serialized_start=1431
-  _globals['_ENHANCEDAUDIO']._serialized_end=1584
-  _globals['_REPORT']._serialized_start=1586
-  _globals['_REPORT']._serialized_end=1659
-  _globals['_PARAMETERSUPDATED']._serialized_start=1661
-  _globals['_PARAMETERSUPDATED']._serialized_end=1752
-  _globals['_ENHANCESTREAMSREQUEST']._serialized_start=1754
-  _globals['_ENHANCESTREAMSREQUEST']._serialized_end=1833
-  _globals['_SESSIONREQUEST']._serialized_start=1835
-  _globals['_SESSIONREQUEST']._serialized_end=1932
-  _globals['_ENHANCESTREAMSRESPONSE']._serialized_start=1934
-  _globals['_ENHANCESTREAMSRESPONSE']._serialized_end=2015
-  _globals['_SESSIONRESPONSE']._serialized_start=2018
-  _globals['_SESSIONRESPONSE']._serialized_end=2183
-  _globals['_SESSIONENDED']._serialized_start=2185
-  _globals['_SESSIONENDED']._serialized_end=2253
-  _globals['_ENHANCECLIPREQUEST']._serialized_start=2256
-  _globals['_ENHANCECLIPREQUEST']._serialized_end=2419
-  _globals['_ENHANCECLIPRESPONSE']._serialized_start=2421
-  _globals['_ENHANCECLIPRESPONSE']._serialized_end=2500
-  _globals['_GETSTATUSREQUEST']._serialized_start=2502
-  _globals['_GETSTATUSREQUEST']._serialized_end=2520
-  _globals['_GETSTATUSRESPONSE']._serialized_start=2523
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2672
-  _globals['_ENHANCEMENTSERVICE']._serialized_start=2753
-  _globals['_ENHANCEMENTSERVICE']._serialized_end=3190
+  _globals['_ENHANCEDAUDIO']._serialized_end=1597
+  _globals['_REPORT']._serialized_start=1599
+  _globals['_REPORT']._serialized_end=1672
+  _globals['_PARAMETERSUPDATED']._serialized_start=1674
+  _globals['_PARAMETERSUPDATED']._serialized_end=1765
+  _globals['_ENHANCESTREAMSREQUEST']._serialized_start=1767
+  _globals['_ENHANCESTREAMSREQUEST']._serialized_end=1846
+  _globals['_SESSIONREQUEST']._serialized_start=1848
+  _globals['_SESSIONREQUEST']._serialized_end=1945
+  _globals['_ENHANCESTREAMSRESPONSE']._serialized_start=1947
+  _globals['_ENHANCESTREAMSRESPONSE']._serialized_end=2028
+  _globals['_SESSIONRESPONSE']._serialized_start=2031
+  _globals['_SESSIONRESPONSE']._serialized_end=2196
+  _globals['_SESSIONENDED']._serialized_start=2198
+  _globals['_SESSIONENDED']._serialized_end=2266
+  _globals['_ENHANCECLIPREQUEST']._serialized_start=2269
+  _globals['_ENHANCECLIPREQUEST']._serialized_end=2432
+  _globals['_ENHANCECLIPRESPONSE']._serialized_start=2434
+  _globals['_ENHANCECLIPRESPONSE']._serialized_end=2513
+  _globals['_GETSTATUSREQUEST']._serialized_start=2515
+  _globals['_GETSTATUSREQUEST']._serialized_end=2533
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2536
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2685
+  _globals['_ENHANCEMENTSERVICE']._serialized_start=2766
+  _globals['_ENHANCEMENTSERVICE']._serialized_end=3203
 # @@protoc_insertion_point(module_scope)

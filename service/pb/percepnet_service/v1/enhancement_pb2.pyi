@@ -125,20 +125,22 @@ class Resumed(_message.Message):
     def __init__(self, position: _Optional[int] = ...) -> None: ...
 
 class EnhancedAudio(_message.Message):
-    __slots__ = ("audio", "position", "report", "flushed", "queued_samples", "draining")
+    __slots__ = ("audio", "position", "report", "flushed", "queued_samples", "draining", "dry")
     AUDIO_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     FLUSHED_FIELD_NUMBER: _ClassVar[int]
     QUEUED_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    DRY_FIELD_NUMBER: _ClassVar[int]
     audio: bytes
     position: int
     report: Report
     flushed: bool
     queued_samples: int
     draining: bool
-    def __init__(self, audio: _Optional[bytes] = ..., position: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., flushed: _Optional[bool] = ..., queued_samples: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    dry: bool
+    def __init__(self, audio: _Optional[bytes] = ..., position: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., flushed: _Optional[bool] = ..., queued_samples: _Optional[int] = ..., draining: _Optional[bool] = ..., dry: _Optional[bool] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("speech_probability", "pitch_hz", "mean_gain")
