@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +10,18 @@ from percepnet.bands import BIN_HZ, band_weights
 from percepnet.training.dataset import LOSS_BINS
 
 _TINY = 1e-12
+
+_SEGMENT = 38
+"""Frames that are correlated at once: 380 ms, as in ESTOI."""
+
+_SEGMENT_HOP = 4
+"""Frames from one segment to the next."""
+
+_ACTIVE = 1e-4
+"""A frame counts for intelligibility within 40 dB of its example's loudest, as in ESTOI…"""
+
+_AUDIBLE = 1e-3
+"""…and with at least this energy, about 30 dB below the mean of an active target."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,8 @@ class LossConfig:
     """Weight of the gain loss of [P] equation 13, which speeds up the start."""
     strengths: float = 0.02
     """Weight of the strength loss of [P] equation 14."""
+    intelligibility: float = 0.0
+    """Weight of the correlation that is missing between enhanced and clean envelopes (ESTOI)."""
 
 
 def _bin_weights() -> Tensor:
@@ -33,6 +48,26 @@ def _bin_weights() -> Tensor:
     bands = torch.from_numpy(band_weights()[:, LOSS_BINS])
     weights = (bands / bands.sum(-1, keepdim=True)).sum(0)
     return weights / weights.mean()
+
+
+def third_octaves() -> Tensor:
+    """Power weights of the bins in ESTOI's 15 third-octave bands from 150 Hz up, (15, 181).
+
+    A bin that lies in two bands, or stands for two bins, counts in proportion.
+    """
+    hz = np.arange(5000)
+    bins = np.searchsorted((LOSS_BINS[:-1] + LOSS_BINS[1:]) / 2 * BIN_HZ, hz, side="right")
+    center = 150 * 2 ** (np.arange(15) / 3)[:, None]
+    inside = (hz >= center * 2 ** (-1 / 6)) & (hz < center * 2 ** (1 / 6))
+    shares = [np.bincount(bins[band], minlength=len(LOSS_BINS)) for band in inside]
+    return torch.from_numpy(np.stack(shares) / BIN_HZ).float()
+
+
+def _unit(values: Tensor, dim: int, weights: Tensor | float = 1.0) -> Tensor:
+    """Deviations from the weighted mean along an axis, scaled to length one."""
+    total = (torch.ones_like(values) * weights).sum(dim, keepdim=True).clamp(min=1)
+    deviations = (values - (values * weights).sum(dim, keepdim=True) / total) * weights
+    return deviations / (deviations.square().sum(dim, keepdim=True) + 1e-8).sqrt()
 
 
 class SpectralLoss(torch.nn.Module):
@@ -44,6 +79,7 @@ class SpectralLoss(torch.nn.Module):
         bands = torch.from_numpy(band_weights()[:, LOSS_BINS])
         self.register_buffer("_bands", bands)
         self.register_buffer("_bin_weights", _bin_weights())
+        self.register_buffer("_third_octaves", third_octaves())
         self.register_buffer("_frequency_hz", torch.from_numpy(LOSS_BINS * BIN_HZ).float())
 
     def enhance(self, noisy: Tensor, comb: Tensor, gains: Tensor, strengths: Tensor) -> Tensor:
@@ -56,6 +92,26 @@ class SpectralLoss(torch.nn.Module):
         mixed_energy = mixed.square().sum(-1) @ self._bands.T
         restoration = torch.sqrt((energy + _TINY) / (mixed_energy + _TINY))
         return mixed * ((gains * restoration) @ self._bands)[..., None]
+
+    def missing_correlation(self, enhanced: Tensor, clean: Tensor) -> Tensor:
+        """One minus ESTOI of the enhanced spectra, (batch, frames, 181, 2), on this module's frames and bins.
+
+        Jensen, Taal: "An algorithm for predicting the intelligibility of speech masked by modulated noise
+        maskers" (2016), with frames of 20 ms each 10 ms, and pauses left out of each segment's sums.
+        """
+        length = min(_SEGMENT, clean.shape[1])
+        power = clean.square().sum((-1, -2))
+        active = (power > _ACTIVE * power.amax(1, keepdim=True)) & (power > _AUDIBLE)
+        active = active.float().unfold(1, length, _SEGMENT_HOP)  # (batch, segments, frames)
+
+        def normalized(spectra: Tensor) -> Tensor:
+            envelopes = (spectra.square().sum(-1) @ self._third_octaves.T + 1e-9).sqrt()
+            segments = envelopes.unfold(1, length, _SEGMENT_HOP)  # (batch, segments, bands, frames)
+            return _unit(_unit(segments, -1, active[:, :, None]), 2)
+
+        correlation = (normalized(clean) * normalized(enhanced)).sum(2)
+        weights = active * (active.sum(-1, keepdim=True) > length / 2)
+        return 1 - (correlation * weights).sum() / weights.sum().clamp(min=1)
 
     def forward(
         self, gains: Tensor, strengths: Tensor, batch: dict[str, Tensor]
@@ -89,5 +145,7 @@ class SpectralLoss(torch.nn.Module):
         strength = (strength_error.square() * band_known).mean()
 
         terms = {"magnitude": magnitude, "phase": phase, "gains": gain, "strengths": strength}
+        if config.intelligibility:
+            terms["intelligibility"] = self.missing_correlation(enhanced, clean)
         total = sum((getattr(config, name) * value for name, value in terms.items()), torch.zeros(()))
         return total, {name: float(value.detach()) for name, value in terms.items()}

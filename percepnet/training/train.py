@@ -300,7 +300,8 @@ class Trainer:
         smooth = None
         with log_path.open("w", newline="") as file:
             columns = (
-                "step loss magnitude phase gains strengths gradient_norm learning_rate validation seconds"
+                "step loss magnitude phase gains strengths intelligibility "
+                "gradient_norm learning_rate validation seconds"
             )
             log = csv.DictWriter(file, columns.split(), restval="")
             log.writeheader()
