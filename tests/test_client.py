@@ -300,13 +300,14 @@ def test_a_lost_server_is_told_when_patience_is_over(enhancer: Enhancer) -> None
             assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_server_that_breaks_every_stream_is_told_when_patience_is_over() -> None:
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+def test_a_server_that_breaks_every_stream_is_told_when_patience_is_over(code: grpc.StatusCode) -> None:
     """It takes the stream up again and again, and never answers."""
 
     def begin_and_break(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         next(requests)
         yield pb.EnhanceStreamResponse(started=pb.StreamStarted(delay_samples=480))
-        context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+        context.abort(code, "the connection broke")
 
     handler = grpc.stream_stream_rpc_method_handler(
         begin_and_break, pb.EnhanceStreamRequest.FromString, pb.EnhanceStreamResponse.SerializeToString

@@ -88,6 +88,16 @@ def test_an_unreachable_pod_is_left_alone_for_longer_and_longer() -> None:
     assert known.seconds_until_ready() < 0.13
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+def test_a_pod_that_goes_as_the_stream_comes_costs_an_attempt_only(code: grpc.StatusCode) -> None:
+    attempts = Attempts(found("a", "b"), 10)
+    attempts.failed("a", Refusal(code))
+    assert attempts.choose() == attempts.choose() == "b"
+    attempts.lost("b", Refusal(code))
+    assert attempts.choose() is None
+    assert 0 < attempts.pause_seconds() < 0.13
+
+
 def test_the_most_telling_error_is_raised() -> None:
     """One pod is full, the other is not there: the caller learns that it is full."""
     attempts = Attempts(found("a", "b"), 0)

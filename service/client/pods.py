@@ -30,6 +30,10 @@ MOVE_SECONDS = 1.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
 """A server that cannot be reached is left alone for a time that doubles from one to the other."""
 
+_LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+"""How a call ends when its server goes. CANCELLED, if it was not ours to cancel, is what gRPC makes of a stream
+that reaches a server just as that stops to take calls."""
+
 Resolver = Callable[[str, int], Iterable[str]]
 """Host and port → addresses HOST:PORT; blocks, and raises OSError."""
 
@@ -229,7 +233,7 @@ class Attempts:
     def lost(self, address: str, error: grpc.RpcError) -> None:
         """Take note of a connection that broke; raises the error where trying again is no use."""
         late = self._broken and time.monotonic() > self._deadline
-        if late or error.code() is not grpc.StatusCode.UNAVAILABLE:
+        if late or error.code() not in _LOST:
             raise error
         self._pods.avoid(address)
         if self._broken:
@@ -242,7 +246,7 @@ class Attempts:
         if full and pause is not None:
             self._pods.avoid(address, pause)
             self._error = error
-        elif error.code() is grpc.StatusCode.UNAVAILABLE:
+        elif error.code() in _LOST:
             self._pods.avoid(address)
             # That one server is full says more than that another one is not there.
             if not _is_full(self._error):
