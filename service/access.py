@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from starlette.requests import HTTPConnection
 
 from service import keys
+from service.board import Board
 from service.callers import Caller, Quota
 from service.errors import UnauthenticatedError
 from service.settings import Settings
@@ -15,16 +16,17 @@ from service.watched import Watched
 class Access:
     """What a deployment asks of its callers; the probes, metrics and documentation of a process ask nothing.
 
+    board: of the workers that limits count over.
     Raises FilesError if the keys or the certificates cannot be used.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, board: Board | None = None) -> None:
         self.tls = Tls.of(settings)
         self._keys = settings.api_keys
         file = settings.api_keys_file
         self._key_file = None if file is None else Watched([file], lambda: keys.parse(file.read_text()))
-        self.files = Quota(settings.max_requests_per_key, "files with one API key")
-        self.streams = Quota(settings.max_streams_per_key, "live streams with one API key")
+        self.files = Quota(settings.max_requests_per_key, "files with one API key", board)
+        self.streams = Quota(settings.max_streams_per_key, "live streams with one API key", board)
         self.connection_streams = Quota(
             settings.max_streams_per_connection, "live streams over one connection"
         )

@@ -10,11 +10,11 @@ import os
 import tempfile
 from typing import Any
 
-SNAPSHOT_BYTES = 512 * 1024
-"""Room for the counters of a worker, some 20 kB; pages that are never written take no memory."""
+SHEET_BYTES = 512 * 1024
+"""Room for what is written on a sheet, some 20 kB; pages that are never written take no memory."""
 
 _NUMBERS_BYTES = mmap.PAGESIZE
-_SLOT_BYTES = _NUMBERS_BYTES + 2 * SNAPSHOT_BYTES
+_SLOT_BYTES = _NUMBERS_BYTES + 4 * SHEET_BYTES
 
 
 class _Number:
@@ -28,6 +28,36 @@ class _Number:
 
     def __set__(self, slot: "Slot", value: float) -> None:
         slot.numbers[self._index] = value
+
+
+class _Sheet:
+    """Something that JSON can carry, replaced as a whole; None until it is written.
+
+    Of two halves of its memory one counts, and the other one is written.
+    """
+
+    def __init__(self, place: int) -> None:
+        self._place = place
+        self._half = 8 + 3 * place  # the numbers that tell which one counts, and their lengths in bytes
+        self._lengths = (self._half + 1, self._half + 2)
+
+    def __get__(self, slot: "Slot", owner: type) -> Any:
+        while True:
+            half = int(slot.numbers[self._half])
+            data = bytes(slot.sheets[self._place][half][: int(slot.numbers[self._lengths[half]])])
+            try:
+                return json.loads(data) if data else None
+            except ValueError:  # it was replaced twice meanwhile
+                continue
+
+    def __set__(self, slot: "Slot", value: Any) -> None:
+        data = json.dumps(value, separators=(",", ":")).encode()
+        if len(data) > SHEET_BYTES:
+            raise ValueError(f"{len(data)} bytes to tell the other workers; there is room for {SHEET_BYTES}")
+        half = 1 - int(slot.numbers[self._half])
+        slot.sheets[self._place][half][: len(data)] = data
+        slot.numbers[self._lengths[half]] = len(data)
+        slot.numbers[self._half] = half  # until here, readers see the one before
 
 
 class Slot:
@@ -47,37 +77,22 @@ class Slot:
     """Time that its live streams were open lately, summed over them."""
     restarts = _Number(6)
     """How often the worker was replaced; written by the supervisor."""
-    _half = _Number(7)  # which of two halves of the memory holds the snapshot that counts
-    _LENGTHS = (8, 9)  # in bytes, of what the halves hold
+    beats = _Number(7)
+    """Counts on, every second, as long as its event loop turns."""
+    snapshot = _Sheet(0)
+    """The values of its metrics."""
+    held = _Sheet(1)
+    """What its callers hold: numbers, by limit and key."""
 
     def __init__(self, memory: memoryview) -> None:
         self.numbers = memory[:_NUMBERS_BYTES].cast("d")
-        self._halves = [memory[_NUMBERS_BYTES:][i * SNAPSHOT_BYTES :][:SNAPSHOT_BYTES] for i in range(2)]
+        halves = [memory[_NUMBERS_BYTES:][i * SHEET_BYTES :][:SHEET_BYTES] for i in range(4)]
+        self.sheets = (halves[:2], halves[2:])
 
     def vacate(self) -> None:
         """The worker is gone: what it held is free, what it counted stays."""
         self.ready = self.streams = self.capacity = self.files = self.cpu_seconds = self.open_seconds = 0
-
-    def publish(self, snapshot: Any) -> None:
-        """Replace the snapshot by another one that JSON can carry."""
-        data = json.dumps(snapshot, separators=(",", ":")).encode()
-        if len(data) > SNAPSHOT_BYTES:
-            raise ValueError(f"a snapshot of {len(data)} bytes; there is room for {SNAPSHOT_BYTES}")
-        half = 1 - int(self._half)
-        self._halves[half][: len(data)] = data
-        self.numbers[self._LENGTHS[half]] = len(data)
-        self._half = half  # until here, readers see the one before
-
-    @property
-    def snapshot(self) -> Any:
-        """The latest snapshot; None if there was none."""
-        while True:
-            half = int(self._half)
-            data = bytes(self._halves[half][: int(self.numbers[self._LENGTHS[half]])])
-            try:
-                return json.loads(data) if data else None
-            except ValueError:  # it was replaced twice meanwhile
-                continue
+        self.held = None
 
 
 class Board:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from service.board import Board
 from service.errors import LimitError
 
 _TRACEPARENT = re.compile(
@@ -38,15 +39,15 @@ class Caller:
 
 
 class Quota:
-    """How many of something each owner has at once.
+    """How many of something each owner has at once, in all workers.
 
-    limit: accepted; None for any number. what: names it in the message.
+    limit: accepted; None for any number. what: names it in the message. board: of the workers.
     """
 
-    def __init__(self, limit: int | None, what: str) -> None:
+    def __init__(self, limit: int | None, what: str, board: Board | None = None) -> None:
         self._limit = limit
         self._what = what
-        self._held: Counter[str] = Counter()
+        self._board = board or Board()
 
     @contextmanager
     def hold(self, owner: str | None) -> Iterator[None]:
@@ -54,12 +55,17 @@ class Quota:
         if self._limit is None or owner is None:
             yield
             return
-        if self._held[owner] >= self._limit:
-            raise LimitError(f"at most {self._limit} {self._what} at once; end one first")
-        self._held[owner] += 1
+        entry = f"{owner}: {self._what}"
+        self._add(entry, 1)
         try:
+            # Counted first, so that of two workers that look at once none overlooks the other.
+            if sum((slot.held or {}).get(entry, 0) for slot in self._board.slots) > self._limit:
+                raise LimitError(f"at most {self._limit} {self._what} at once; end one first")
             yield
         finally:
-            self._held[owner] -= 1
-            if not self._held[owner]:
-                del self._held[owner]
+            self._add(entry, -1)
+
+    def _add(self, entry: str, number: int) -> None:
+        held = Counter(self._board.mine.held)
+        held[entry] += number
+        self._board.mine.held = +held  # without those of which nothing is left

@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
         self._metrics = metrics = Metrics(enhancer.model, self._board)
         engine = Engine(enhancer, _capacity(settings, enhancer, self._board), metrics)
         metrics.queue_frames.set_function(lambda: engine.queued_frames)
-        access = Access(settings)
+        access = Access(settings, self._board)
         files = Files(settings, access, BehindLive(enhancer, engine), metrics)
         streams = Streams(settings, access, engine, enhancer.model.manifest, metrics)
         self.grpc = GrpcServer(settings, access, streams, files)
@@ -86,10 +86,11 @@ class Server(uvicorn.Server):
         gc.freeze()  # what is here now stays, and need not be looked through again and again
 
     async def _keep_books(self) -> None:
-        """Tell the other workers, every second, what this one has done; less often while that is little."""
+        """Tell the others every second that this one lives, and what it did (less often if that is little)."""
         told, used_then = 0.0, 0.0
         while True:
             self._metrics.load.sample()
+            self._board.mine.beats += 1
             now, used = time.monotonic(), time.process_time()
             if self._board.others and (used - used_then > 0.005 or now - told > 5):
                 self._metrics.publish()  # takes about 1 ms
@@ -109,8 +110,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Let files and live streams end, within the grace."""
         self.health.stopping = True
-        self._keeper.cancel()
         await asyncio.gather(super().shutdown(sockets), self.grpc.stop())
+        self._keeper.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop, on SIGTERM or SIGINT."""

@@ -165,7 +165,7 @@ class Metrics:
 
     def publish(self) -> None:
         """Let the other workers see the present values."""
-        self.board.mine.publish(merge.take(self.registry, self._before))
+        self.board.mine.snapshot = merge.take(self.registry, self._before)
 
     def collect(self) -> Iterator[Metric]:
         """All metrics of the service."""
@@ -205,7 +205,7 @@ class Metrics:
             yield GaugeMetricFamily(f"percepnet_{name}", documentation, value)
         yield CounterMetricFamily(
             "percepnet_worker_restarts",
-            "Worker processes that ended unasked and were replaced; their streams were lost.",
+            "Worker processes that ended unasked, or hung, and were replaced; their streams were lost.",
             total("restarts"),
         )
         build = GaugeMetricFamily("percepnet_build_info", "What runs here.", labels=tuple(self._build))

@@ -60,6 +60,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _hang_seconds(text: str) -> float:
+    value = _seconds(text)
+    if value < 2:
+        raise ValueError("at least 2 seconds: workers give a sign of life every second")
+    return value
+
+
 def _log_level(text: str) -> str:
     if text.lower() not in LOG_LEVELS:
         raise ValueError(f"one of {', '.join(LOG_LEVELS)}")
@@ -148,6 +155,13 @@ class Settings:
     shutdown_grace_seconds: float = field(
         default=30.0,
         metadata=_meaning(_seconds, "time in seconds for held files and live streams to end after SIGTERM"),
+    )
+    hang_seconds: float = field(
+        default=10.0,
+        metadata=_meaning(
+            _hang_seconds,
+            "time in seconds after which one of several workers that gives no sign of life is replaced",
+        ),
     )
     max_streams_per_connection: int | None = field(
         default=None, metadata=_meaning(_whole(1), "live streams at once over one connection")

@@ -30,6 +30,9 @@ LONGEST_PAUSE_SECONDS = 30.0
 _GRACE_SECONDS = 5.0
 """What a worker gets beyond the grace that it was told, before it is killed."""
 
+_LOOKS = 8
+"""A worker that hangs is looked at so often before it is killed."""
+
 
 @dataclass(frozen=True)
 class Seat:
@@ -122,22 +125,44 @@ class Supervisor:
         )
         worker.started = time.monotonic()
         worker.start_again = None
+        worker.looks = 0
 
     def _watch(self, signals: "_Signals") -> int:
-        """Replace what is lost until a signal comes; then wait for all to end."""
+        """Replace what is lost or hangs until a signal comes; then wait for all to end."""
+        pause = self._settings.hang_seconds / _LOOKS
+        look = time.monotonic() + pause
         while not signals.stop:
+            now = time.monotonic()
+            if now >= look:
+                # Looks count, not time: that the whole machine stood still is one look, however long it did.
+                look = now + pause
+                for worker in self._workers:
+                    self._look_at(worker)
             for worker in self._workers:
                 if worker.process is not None and worker.process.poll() is not None:
                     status = self._lost(worker)
                     if status is not None:
                         self._end(signals)
                         return status
-                if worker.start_again is not None and worker.start_again <= time.monotonic():
+                if worker.start_again is not None and worker.start_again <= now:
                     self._start(worker)
             due = [worker.start_again for worker in self._workers if worker.start_again is not None]
-            signals.wait(max(0.0, min(due) - time.monotonic()) if due else None)
+            signals.wait(max(0.0, min([look, *due]) - time.monotonic()))
         self._end(signals)
         return 0
+
+    def _look_at(self, worker: "_Worker") -> None:
+        """Kill a worker that served and whose event loop does not turn: `_lost` finds it."""
+        slot = self._board.slots[worker.index]
+        if worker.process is None or not slot.ready:
+            return
+        worker.looks = worker.looks + 1 if slot.beats == worker.beats else 0
+        worker.beats = slot.beats
+        if worker.looks >= _LOOKS:
+            fields = {"worker": worker.index, "silent_seconds": self._settings.hang_seconds}
+            logger.error("worker hangs, and is killed", extra={"fields": fields})
+            worker.process.kill()
+            worker.looks = 0
 
     def _lost(self, worker: "_Worker") -> int | None:
         """A worker ended unasked; tells the exit status if the service cannot start at all."""
@@ -196,6 +221,8 @@ class _Worker:
     proved: bool = False  # that a worker can start here
     pause: float = 0.0
     start_again: float | None = None
+    beats: float = -1.0  # at the last look
+    looks: int = 0  # that found no new beat
 
 
 class _Signals:

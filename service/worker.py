@@ -24,7 +24,7 @@ def main(text: str) -> int:
         server = Server(settings, load_enhancer(settings), board, until=seat.alive)
     except FAILURES as error:
         if board.mine.snapshot is None:  # the service has not started: the supervisor tells it, once
-            board.mine.publish(str(error))
+            board.mine.snapshot = str(error)
         else:
             logs.logger.error("worker cannot start: %s", error)
         return 1

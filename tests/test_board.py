@@ -7,7 +7,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from percepnet.model import Model
 from service import board
-from service.board import SNAPSHOT_BYTES, Board
+from service.board import SHEET_BYTES, Board
+from service.callers import Quota
+from service.errors import LimitError
 from service.metrics import Metrics
 
 
@@ -34,26 +36,39 @@ def told(metrics: Metrics) -> dict[str, float]:
 
 def test_numbers_and_snapshots_reach_the_other_workers(boards: list[Board]) -> None:
     boards[0].mine.streams, boards[2].mine.streams = 3, 4
-    boards[2].mine.publish(["ä", 1.5])
+    boards[2].mine.snapshot = ["ä", 1.5]
     assert boards[1].total("streams") == 7
     assert boards[1].slots[2].snapshot == ["ä", 1.5]
     assert boards[1].mine.snapshot is None
-    boards[2].mine.publish([])
+    boards[2].mine.snapshot = []
     assert boards[0].slots[2].snapshot == []
 
 
 def test_a_worker_killed_while_it_publishes_leaves_its_last_snapshot(boards: list[Board]) -> None:
-    boards[0].mine.publish("whole")
-    half = boards[0].mine._halves[1 - int(boards[0].mine._half)]
-    half[:4] = b"torn"
+    boards[0].mine.snapshot = "whole"
+    halves = boards[0].mine.sheets[0]
+    [torn] = [half for half in halves if bytes(half[:7]) != b'"whole"']
+    torn[:4] = b"torn"
     assert boards[1].slots[0].snapshot == "whole"
 
 
 def test_a_snapshot_that_has_no_room_is_refused(boards: list[Board]) -> None:
-    boards[0].mine.publish("small")
+    boards[0].mine.snapshot = "small"
     with pytest.raises(ValueError, match="there is room for"):
-        boards[0].mine.publish("x" * SNAPSHOT_BYTES)
+        boards[0].mine.snapshot = "x" * SHEET_BYTES
     assert boards[1].slots[0].snapshot == "small"
+
+
+def test_a_limit_counts_over_all_workers_and_a_lost_one_holds_nothing(boards: list[Board]) -> None:
+    quotas = [Quota(2, "streams", each) for each in boards]
+    with quotas[0].hold("radio"), quotas[1].hold("radio"), quotas[2].hold("mixer"):
+        for quota in quotas:
+            with pytest.raises(LimitError), quota.hold("radio"):
+                pass
+        boards[0].slots[1].vacate()
+        with quotas[2].hold("radio"):
+            pass
+    assert [slot.held for slot in boards[0].slots] == [{}, {}, {}]
 
 
 def test_every_worker_tells_the_sum_of_all(boards: list[Board], random_model: Model) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -29,6 +29,7 @@ from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts processes as Linux does")
 
 RATE = 16_000
+KEY = "0123456789abcdef0123456789abcdef"
 MESSAGE = np.random.default_rng(0).integers(-3000, 3000, RATE // 100).astype("<i2").tobytes()
 COMMAND = [sys.executable, "-m", "percepnet.cli", "serve"]
 RETRIED = {
@@ -81,13 +82,13 @@ class Service:
 class Stream:
     """An open live stream."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...] = ()) -> None:
         self._requests: SimpleQueue[pb.EnhanceStreamRequest | None] = SimpleQueue()
         self.call = channel.stream_stream(
             "/percepnet_service.v1.EnhancementService/EnhanceStream",
             pb.EnhanceStreamRequest.SerializeToString,
             pb.EnhanceStreamResponse.FromString,
-        )(iter(self._requests.get, None), timeout=TIMEOUT_SECONDS)
+        )(iter(self._requests.get, None), timeout=TIMEOUT_SECONDS, metadata=metadata)
         config = pb.StreamConfig(sample_rate_hz=RATE, encoding=pb.ENCODING_S16LE)
         self._requests.put(pb.EnhanceStreamRequest(config=config))
         try:
@@ -96,24 +97,36 @@ class Stream:
             self.end()
             raise
 
-    def push(self) -> bool:
-        """Send 10 ms and take the answer; tells whether the stream lives."""
+    def push(self) -> None:
+        """Send 10 ms and take the answer."""
         self._requests.put(pb.EnhanceStreamRequest(audio=MESSAGE))
         try:
-            return len(next(self.call).audio.audio) == len(MESSAGE)
+            assert len(next(self.call).audio.audio) == len(MESSAGE)
         except grpc.RpcError:
             self.end()
-            return False
+            raise
+
+    def lives(self) -> bool:
+        """Whether it is still answered."""
+        with suppress(grpc.RpcError):
+            self.push()
+            return True
+        return False
 
     def end(self) -> None:
         self._requests.put(None)
 
 
-def opened(channel: grpc.Channel) -> Stream:
+def push(streams: list[Stream]) -> None:
+    for stream in streams:
+        stream.push()
+
+
+def opened(channel: grpc.Channel, metadata: tuple[tuple[str, str], ...] = ()) -> Stream:
     """A stream, asked for again when the service says so, or when it came to a worker that was leaving."""
     while True:
         try:
-            return Stream(channel)
+            return Stream(channel, metadata)
         except grpc.RpcError as error:
             if error.code() not in RETRIED:
                 raise
@@ -143,14 +156,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def test_streams_over_one_connection_reach_all_workers(service: Service) -> None:
     with service.channel() as channel:
         streams = [opened(channel) for _ in range(8)]
-        assert all(stream.push() for stream in streams)
+        push(streams)
         values = service.values()
         assert (values["percepnet_streams_active"], values["percepnet_streams_capacity"]) == (8, 8)
         with pytest.raises(grpc.RpcError) as refused:
             Stream(channel)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert dict(refused.value.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
-        assert all(stream.push() for stream in streams)
+        push(streams)
         for stream in streams:
             stream.end()
         service.wait_for("percepnet_streams_active", 0)
@@ -168,7 +181,7 @@ def test_cpu_figures_are_those_of_the_operating_system(service: Service) -> None
     with service.channel() as one, service.channel() as other:
         streams = [opened(channel) for channel in (one, other) for _ in range(3)]
         while used() < used_before + 0.5:
-            assert all(stream.push() for stream in streams)
+            push(streams)
         for stream in streams:
             stream.end()
         service.wait_for("percepnet_streams_active", 0)
@@ -183,36 +196,26 @@ def test_cpu_figures_are_those_of_the_operating_system(service: Service) -> None
     assert 0 < after["percepnet_stream_cpu_ratio"] < 1
 
 
-def speaking(channel: grpc.Channel) -> Stream:
-    """A stream that was answered: one that reaches a full worker as it leaves is cut, and comes again."""
-    for _ in range(20):
-        stream = opened(channel)
-        if all(stream.push() for _ in range(5)):
-            return stream
-        time.sleep(0.1)
-    raise AssertionError("no stream was answered")
-
-
 def test_a_killed_worker_costs_its_streams_only_and_is_replaced(service: Service) -> None:
     before = service.values()
     channels = [service.channel() for _ in range(8)]
     streams = [opened(channel) for channel in channels]
     for _ in range(5):
-        assert all(stream.push() for stream in streams)
+        push(streams)
     time.sleep(1.1)  # the books are told every second
     assert service.value("percepnet_streams_active") == 8
 
     service.workers[0].kill()
-    alive = [stream for stream in streams if stream.push()]
+    alive = [stream for stream in streams if stream.lives()]
     assert len(alive) == 4
     while service.value("percepnet_worker_restarts_total") == before["percepnet_worker_restarts_total"]:
-        assert all(stream.push() for stream in alive)
+        push(alive)
     lost = [channel for channel, stream in zip(channels, streams, strict=True) if stream not in alive]
-    service.wait_for("percepnet_workers", 2)
-    alive += [speaking(channel) for channel in lost]
+    alive += [opened(channel) for channel in lost]
     for _ in range(5):
-        assert all(stream.push() for stream in alive)
+        push(alive)
 
+    service.wait_for("percepnet_workers", 2)
     values = service.values()
     assert values["percepnet_worker_restarts_total"] == before["percepnet_worker_restarts_total"] + 1
     assert (values["percepnet_streams_active"], values["percepnet_streams_capacity"]) == (8, 8)
@@ -225,6 +228,57 @@ def test_a_killed_worker_costs_its_streams_only_and_is_replaced(service: Service
         channel.close()
 
 
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that wants a key, and soon replaces a worker that hangs."""
+    path = tmp_path_factory.mktemp("strict")
+    (path / "keys").write_text(f"radio:{KEY}\n")
+    limits = ["--api-keys-file", str(path / "keys"), "--max-streams-per-key", "6", "--hang-seconds", "2"]
+    with serving(path, *limits) as service:
+        yield service
+
+
+def test_a_key_has_only_so_many_streams_at_all_workers(strict: Service) -> None:
+    """Each of the two carries four."""
+    key = (("x-api-key", KEY),)
+    channels = [strict.channel() for _ in range(8)]
+    streams = [opened(channel, key) for channel in channels[:6]]
+    for channel in channels:
+        with pytest.raises(grpc.RpcError, match="at most 6 live streams with one API key"):
+            Stream(channel, key)
+    streams.pop().end()
+    strict.wait_for("percepnet_streams_active", 5)
+    streams.append(opened(channels[7], key))
+    for stream in streams:
+        stream.end()
+    strict.wait_for("percepnet_streams_active", 0)
+    for channel in channels:
+        channel.close()
+
+
+def test_a_machine_that_stood_still_costs_no_worker(strict: Service) -> None:
+    processes = [psutil.Process(strict.process.pid), *strict.workers]
+    for process in processes:
+        process.suspend()
+    time.sleep(3)
+    for process in processes:
+        process.resume()
+    time.sleep(1)
+    assert strict.value("percepnet_worker_restarts_total") == 0
+    assert strict.workers == processes[1:]
+
+
+def test_a_worker_that_hangs_is_told_and_replaced(strict: Service) -> None:
+    hung, healthy = strict.workers
+    hung.suspend()
+    strict.wait_for("percepnet_worker_restarts_total", 1)
+    strict.wait_for("percepnet_workers", 2)
+    assert hung not in strict.workers
+    assert healthy in strict.workers
+    line = json.loads(next(text for text in strict.log if "hangs" in text))
+    assert (line["level"], line["worker"]) == ("error", 0)
+
+
 def test_sigterm_lets_live_streams_end_and_refuses_new_ones(tmp_path: Path) -> None:
     with serving(tmp_path) as service:
         workers = service.workers
@@ -235,7 +289,7 @@ def test_sigterm_lets_live_streams_end_and_refuses_new_ones(tmp_path: Path) -> N
             with pytest.raises(grpc.RpcError) as refused:
                 Stream(late)
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-            assert all(stream.push() for _ in range(10))
+            push(10 * [stream])
             stream.end()
             assert service.process.wait(TIMEOUT_SECONDS) == 0
     assert not any(worker.is_running() for worker in workers)

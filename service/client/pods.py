@@ -31,8 +31,8 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
 """A server that cannot be reached is left alone for a time that doubles from one to the other."""
 
 _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
-"""How a call ends when its server goes. CANCELLED, if it was not ours to cancel, is what gRPC makes of a stream
-that reaches a server just as that stops to take calls."""
+"""How a call ends when its server goes. CANCELLED, if it was not ours to cancel, is what gRPC makes of a
+stream that reaches a server just as that stops to take calls."""
 
 Resolver = Callable[[str, int], Iterable[str]]
 """Host and port → addresses HOST:PORT; blocks, and raises OSError."""
