@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
         gc.freeze()  # what is here now stays, and need not be looked through again and again
 
     async def _keep_books(self) -> None:
-        """Tell the others every second that this one lives, and what it did (less often if that is little)."""
+        """Tell the others every second that this one lives, and what it did, less often if that is little."""
         told, used_then = 0.0, 0.0
         while True:
             self._metrics.load.sample()
