@@ -22,6 +22,7 @@ from percepnet.training.dataset import Pool, PoolConfig, validation_batches
 from percepnet.training.export import restore
 from percepnet.training.losses import LossConfig, SpectralLoss
 from percepnet.training.network import NetworkConfig, PercepNet, State
+from percepnet.training.opinion import OpinionPredictor
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.csv"
@@ -44,6 +45,10 @@ class TrainConfig:
     clip_norm: float = 0.05
     muon_iterations: int = 3
     """Newton-Schulz iterations of Muon, which trains the recurrent layers; 0 for AdamW alone."""
+    opinion: float = 0.0
+    """Weight of the overall quality that DNSMOS predicts; takes `--opinion-model`."""
+    opinion_examples: int = 4
+    """Examples of each step that are judged; the predictor costs more than the network."""
     average_decay: float = 0.98
     """Decay per step of the averaged weights, which are what is exported."""
     seed: int = 1
@@ -160,7 +165,10 @@ class Trainer:
         device: str,
         workers: int,
         start_from: Path | None = None,
+        opinion_model: Path | None = None,
     ) -> None:
+        if config.opinion and opinion_model is None:
+            raise ParameterError("a config with an opinion takes --opinion-model, DNSMOS's sig_bak_ovr.onnx")
         self.config = config
         self.directory = directory
         self.device = torch.device(device)
@@ -168,6 +176,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.network = PercepNet(config.network).to(self.device)
         self.loss = SpectralLoss(config.loss).to(self.device)
+        self.opinion = (
+            OpinionPredictor(opinion_model).to(self.device) if config.opinion and opinion_model else None
+        )
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.optimizers = _optimizers(self.network, config)
         self.step = 0
@@ -229,7 +240,15 @@ class Trainer:
         features = (tensors["features"] - self.mean) * self.scale
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             gains, strengths, state = network(features, state)
-        return *self.loss(gains, strengths, tensors), state
+        loss, terms = self.loss(gains, strengths, tensors)
+        if network.training and self.opinion is not None:
+            first = self.step * self.config.opinion_examples % self.config.batch
+            judged = slice(first, first + self.config.opinion_examples)
+            parts = (tensors["noisy"], tensors["comb"], gains, strengths)
+            overall = self.opinion(self.loss.enhance(*(part[judged] for part in parts)))[:, 2].mean()
+            loss = loss - self.config.opinion * overall
+            terms["opinion"] = float(overall.detach())
+        return loss, terms, state
 
     def _next_part(self) -> tuple[dict[str, np.ndarray], State | None]:
         """What the next step learns from, and the network's state before it."""
@@ -300,7 +319,7 @@ class Trainer:
         smooth = None
         with log_path.open("w", newline="") as file:
             columns = (
-                "step loss magnitude phase gains strengths intelligibility "
+                "step loss magnitude phase gains strengths intelligibility opinion "
                 "gradient_norm learning_rate validation seconds"
             )
             log = csv.DictWriter(file, columns.split(), restval="")
@@ -340,6 +359,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start-from", type=Path, help="checkpoint of an as wide or narrower network to start from"
     )
+    parser.add_argument(
+        "--opinion-model", type=Path, help="DNSMOS's sig_bak_ovr.onnx, for configs that ask for it"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of the network (default: all)")
     parser.add_argument("--workers", type=int, default=1, help="processes that mix and analyse (default: 1)")
@@ -359,6 +381,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         workers=arguments.workers,
         start_from=arguments.start_from,
+        opinion_model=arguments.opinion_model,
     )
     try:
         trainer.run()
