@@ -11,6 +11,8 @@ ARGS ?=
 DATA ?= data
 CACHE ?= cache/train
 RUN ?= runs/main
+# DNSMOS's sig_bak_ovr.onnx, from github.com/microsoft/DNS-Challenge, DNSMOS/DNSMOS.
+OPINION ?= data/sig_bak_ovr.onnx
 VERSION ?= 0.0.0
 
 .DEFAULT_GOAL := help
@@ -46,7 +48,9 @@ train: $(VENV)/.train $(CACHE)/cache.json ## Train the model: prepare DATA, trai
 	$(BIN)/percepnet train $(CACHE) $(RUN)/narrow --config percepnet/training/narrow.json $(ARGS)
 	$(BIN)/percepnet train $(CACHE) $(RUN)/wide --config percepnet/training/wide.json \
 		--start-from $(RUN)/narrow/checkpoint.pt $(ARGS)
-	$(BIN)/percepnet export $(RUN)/wide $(RUN)/model --version $(VERSION)
+	$(BIN)/percepnet train $(CACHE) $(RUN)/judged --config percepnet/training/judged.json \
+		--start-from $(RUN)/wide/checkpoint.pt --opinion-model $(OPINION) $(ARGS)
+	$(BIN)/percepnet export $(RUN)/judged $(RUN)/model --version $(VERSION)
 	$(BIN)/percepnet evaluate --clean $(DATA)/dev/clean --noisy $(DATA)/dev/noisy --model $(RUN)/model
 
 $(CACHE)/cache.json: | $(VENV)/.train

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +122,47 @@ def training_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def voice() -> Callable[[np.random.Generator, int], np.ndarray]:
     """Makes three seconds of a synthetic voice at a given rate."""
     return synthetic_voice
+
+
+@pytest.fixture(scope="session")
+def opinion_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small predictor with random weights and DNSMOS's layers; its input is cut into windows already."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
+    channels = (1, 8, 6, 6, 4, 4, 4, 8)
+    rng = np.random.default_rng(0)
+    nodes, constants = [], []
+
+    def constant(*shape: int, scale: float) -> str:
+        name = f"constant{len(constants)}"
+        values = rng.normal(0, scale, shape).astype(np.float32)
+        constants.append(numpy_helper.from_array(values, name))
+        return name
+
+    def op(kind: str, *inputs: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(kind, inputs, [f"value{len(nodes)}"], **attributes))
+        return nodes[-1].output[0]
+
+    parts = [op("Conv", "windows", constant(161, 320, 1, scale=0.1)) for _ in range(2)]
+    power = op("Add", *(op("Mul", part, part) for part in parts))
+    shape = numpy_helper.from_array(np.array([1, 1, 161, -1]), "shape")
+    constants.append(shape)
+    x = op("Transpose", op("Reshape", op("Log", power), "shape"), perm=[0, 1, 3, 2])
+    constants.append(numpy_helper.from_array(np.array(np.log(10), np.float32), "ln10"))
+    x = op("Div", x, "ln10")
+    for layer, (inputs, outputs) in enumerate(pairwise(channels)):
+        weight = constant(outputs, inputs, 3, 3, scale=(2 / 9 / inputs) ** 0.5)
+        x = op("Relu", op("Conv", x, weight, constant(outputs, scale=0.1), pads=[1, 1, 1, 1]))
+        if layer in (3, 4, 5):
+            x = op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
+    x = op("ReduceMax", x, axes=[2, 3], keepdims=0)
+    for layer, (inputs, outputs) in enumerate(((8, 16), (16, 8), (8, 3))):
+        x = op("Add", op("MatMul", x, constant(inputs, outputs, scale=0.3)), constant(outputs, scale=0.1))
+        x = op("Relu", x) if layer < 2 else x
+    windows = helper.make_tensor_value_info("windows", TensorProto.FLOAT, [1, 320, None])
+    scores = helper.make_tensor_value_info(x, TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "predictor", [windows], [scores], constants)
+    path = tmp_path_factory.mktemp("predictor") / "sig_bak_ovr.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path

@@ -129,15 +129,19 @@ def test_training_lowers_the_loss(training_cache: Path, tmp_path: Path) -> None:
     assert values[-1] < 0.8 * values[0]
 
 
-def test_the_recipe_of_the_shipped_model_runs(training_cache: Path, tmp_path: Path) -> None:
-    """Both stages of `make train`, cut to two steps, give a model of the shipped one's size that loads."""
+def test_the_recipe_of_the_shipped_model_runs(
+    training_cache: Path, opinion_model: Path, tmp_path: Path
+) -> None:
+    """The stages of `make train`, cut to two steps, give a model of the shipped one's size that loads."""
     start: tuple[str, ...] = ()
-    for stage in ("narrow", "wide"):
+    for stage in ("narrow", "wide", "judged"):
         config = TrainConfig.from_json((RECIPE / f"{stage}.json").read_text())
-        short = dataclasses.replace(TINY, steps=2, network=config.network, loss=config.loss, seed=config.seed)
-        train(training_cache, tmp_path / stage, short, *start)
+        short = dataclasses.replace(config, steps=2, batch=4, validation_shards=1, pool=TINY.pool)
+        train(training_cache, tmp_path / stage, short, *start, "--opinion-model", str(opinion_model))
         start = "--start-from", str(tmp_path / stage / CHECKPOINT)
-    assert main(["export", str(tmp_path / "wide"), str(tmp_path / "model"), "--version", "0.1"]) == 0
+    with (tmp_path / "judged" / LOG).open(newline="") as file:
+        assert all(row["opinion"] and row["intelligibility"] for row in csv.DictReader(file))
+    assert main(["export", str(tmp_path / "judged"), str(tmp_path / "model"), "--version", "0.1"]) == 0
     model = Model.load(tmp_path / "model")
     assert model.manifest.n_weights == Model.load().manifest.n_weights
 
