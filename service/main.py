@@ -43,10 +43,12 @@ class Server(uvicorn.Server):
         self, settings: Settings, enhancer: Enhancer, board: Board | None = None, until: int | None = None
     ) -> None:
         self.health = Health()
+        self._settings = settings
         self._board = board or Board()
         self._until = until
         self._metrics = metrics = Metrics(enhancer.model, self._board)
         engine = Engine(enhancer, _capacity(settings, enhancer, self._board), metrics)
+        metrics.stopping = lambda: self.health.stopping
         metrics.queue_frames.set_function(lambda: engine.queued_frames)
         access = Access(settings, self._board)
         files = Files(settings, access, BehindLive(enhancer, engine), metrics)
@@ -62,7 +64,6 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=settings.shutdown_grace_seconds,  # type: ignore[arg-type]
             )
         )
 
@@ -108,9 +109,14 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.25)
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        """Let files and live streams end, within the grace."""
+        """Let files and live streams end, within the grace; while there are streams, HTTP tells of them."""
         self.health.stopping = True
-        await asyncio.gather(super().shutdown(sockets), self.grpc.stop())
+        grace_seconds = self._settings.shutdown_grace_seconds
+        logs.logger.info("stopping, within %g s", grace_seconds)
+        deadline = time.monotonic() + grace_seconds
+        await self.grpc.stop()
+        self.config.timeout_graceful_shutdown = max(1.0, deadline - time.monotonic())  # type: ignore[assignment]
+        await super().shutdown(sockets)
         self._keeper.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

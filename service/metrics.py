@@ -1,6 +1,6 @@
 """What the service tells Prometheus, in base units; with many workers, each tells of all."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 from prometheus_client import (
@@ -58,6 +58,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._before = self.board.mine.snapshot
         self.files_capacity = 0
+        self.stopping: Callable[[], bool] = lambda: False
         self._build = {
             "version": version("percepnet"),
             "model": model.manifest.name,
@@ -183,11 +184,16 @@ class Metrics:
     def _of_the_service(self) -> Iterator[Metric]:
         """What every worker knows of all of them."""
         total = self.board.total
-        open_seconds = total("open_seconds")
+        open_seconds, stopping = total("open_seconds"), self.stopping()
         cpu_ratio = total("cpu_seconds") / open_seconds if open_seconds else 0.0
         for name, documentation, value in (
             ("streams_active", "Live streams that are open.", total("streams")),
-            ("streams_capacity", "Live streams that may be open at once.", total("capacity")),
+            (
+                "streams_capacity",
+                "Live streams that may be open at once; those that are, once no more are taken.",
+                total("streams" if stopping else "capacity"),
+            ),
+            ("stopping", "1 while live streams may end and no more are taken.", float(stopping)),
             (
                 "stream_cpu_ratio",
                 "CPU time of a live stream as a ratio of a core, transport included; mean of the last 10 s, "

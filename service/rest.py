@@ -22,6 +22,7 @@ from service.errors import (
     ANSWERS,
     NOT_ABOUT_FILES,
     ClientGoneError,
+    StoppingError,
     UnauthenticatedError,
     documented_problems,
     problem_response,
@@ -119,6 +120,8 @@ def create_app(
 
     async def place(caller: Annotated[Caller, Depends(known)]) -> AsyncIterator[ExitStack]:
         """A place among the files, and the temporary files of its holder, until the answer is sent."""
+        if state.stopping:
+            raise StoppingError("the service is stopping; try again, and another one answers")
         with files.place(caller), ExitStack() as resources:
             yield resources
 

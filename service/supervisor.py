@@ -202,6 +202,9 @@ class Supervisor:
             process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + self._settings.shutdown_grace_seconds + _GRACE_SECONDS
         while any(process.poll() is None for process in running):
+            for worker in self._workers:
+                if worker.process is not None and worker.process.poll() is not None:
+                    self._board.slots[worker.index].vacate()
             left = deadline - time.monotonic()
             if left <= 0 or signals.count > 1:
                 for process in running:

@@ -386,6 +386,25 @@ def test_stopping_refuses_new_streams_and_lets_live_ones_end(enhancer: Enhancer)
         assert len(stream.end()) == stream.delay_samples
 
 
+def test_while_live_streams_end_http_tells_of_them_and_takes_no_files(enhancer: Enhancer) -> None:
+    choices = {"shutdown_grace_seconds": TIMEOUT_SECONDS, "max_streams": 8}
+    with serving(enhancer, **choices) as service, service.client.stream(RATE) as stream:
+        assert service.metric("percepnet_stopping") == 0
+        assert service.metric("percepnet_streams_capacity") == 8
+        service.server.should_exit = True
+        eventually(lambda: service.server.health.stopping, "the end")
+        time.sleep(0.3)  # uvicorn closes what it closes within 0.1 s
+        assert service.http.get("/healthz").status_code == 200
+        assert service.http.get("/readyz").status_code == 503
+        assert service.metric("percepnet_stopping") == 1
+        assert service.metric("percepnet_streams_active") == 1
+        assert service.metric("percepnet_streams_capacity") == 1  # nobody else is taken
+        refused = service.http.post("/enhance", content=bytes(1000))
+        assert (refused.status_code, refused.json()["code"]) == (503, "stopping")
+        assert int(refused.headers["retry-after"]) > 0
+        stream.end()
+
+
 def speak_on(stream: LiveStream) -> None:
     while True:
         stream.push(noise(160))

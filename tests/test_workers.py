@@ -285,7 +285,7 @@ def test_sigterm_lets_live_streams_end_and_refuses_new_ones(tmp_path: Path) -> N
         with service.channel() as channel, service.channel() as late:
             stream = opened(channel)
             service.process.send_signal(signal.SIGTERM)
-            eventually(lambda: "Shutting down" in next(service.log), "the end")
+            eventually(lambda: "stopping" in next(service.log), "the end")
             with pytest.raises(grpc.RpcError) as refused:
                 Stream(late)
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
