@@ -40,6 +40,7 @@ class Listener:
         self._build = build
         self._board = board
         self._listening: grpc.aio.Server | None = None
+        self._due: asyncio.TimerHandle | None = None  # the next check
         self._servers: set[grpc.aio.Server] = set()  # that have connections
         self._tasks: set[asyncio.Task[None]] = set()
         self._opened = -math.inf  # when the latest stream was
@@ -48,11 +49,13 @@ class Listener:
 
     async def start(self) -> None:
         """Listen; raises RuntimeError if the address cannot be had."""
-        await self._listen()
+        await self._listen().start()
 
     async def stop(self, grace: float) -> None:
         """Take no more connections, and end those there are within the grace, in seconds."""
         self._stopped = True
+        if self._due is not None:
+            self._due.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
@@ -64,33 +67,34 @@ class Listener:
             self._check_in(1.1 * QUIET_SECONDS)
 
     def _check_in(self, seconds: float) -> None:
-        asyncio.get_running_loop().call_later(seconds, self._check)
+        if self._due is None and not self._stopped:
+            self._due = asyncio.get_running_loop().call_later(seconds, self._check)
 
     def _check(self) -> None:
         """Leave new connections to others, or take them again."""
-        if self._stopped:
-            return
+        self._due = None
         mine, room_elsewhere, now = self._board.mine, self._board.room_elsewhere, time.monotonic()
         room = mine.capacity - mine.streams
         if room > 0:
             self._full_since = math.inf
         else:
             self._full_since = min(self._full_since, now)
-        quiet = now - self._opened >= QUIET_SECONDS or now - self._full_since >= PATIENCE_SECONDS
-        if self._listening is not None and room <= 0 and room_elsewhere and quiet:
-            server, self._listening = self._listening, None
-            self._run(self._retire(server))
+        if self._listening is None:
             self._check_in(CHECK_SECONDS)
-        elif self._listening is None:
             if room > mine.capacity // 8 or not room_elsewhere:
-                self._run(self._listen())
-            else:
-                self._check_in(CHECK_SECONDS)
+                self._run(self._listen().start())
+        elif room <= 0 and room_elsewhere:
+            quiet = now - self._opened >= QUIET_SECONDS or now - self._full_since >= PATIENCE_SECONDS
+            self._check_in(CHECK_SECONDS if quiet else QUIET_SECONDS)
+            if quiet:
+                server, self._listening = self._listening, None
+                self._run(self._retire(server))
 
-    async def _listen(self) -> None:
-        self._listening = self._build()
-        self._servers.add(self._listening)
-        await self._listening.start()
+    def _listen(self) -> grpc.aio.Server:
+        """A server that is to be started. From here on it is the one that listens: no check makes another."""
+        server = self._listening = self._build()
+        self._servers.add(server)
+        return server
 
     async def _retire(self, server: grpc.aio.Server) -> None:
         await server.stop(_AS_LONG_AS_IT_TAKES)
