@@ -41,7 +41,7 @@ class Pod:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         self._log = folder / f"{self.address}.log"
         self._log.touch()
-        self.process = PROCESSES.Process(target=serve, args=(self._log, flags))
+        self.process = PROCESSES.Process(target=serve, args=(flags, self._log))
         self.process.start()
 
     def wait(self) -> int | None:

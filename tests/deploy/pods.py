@@ -14,6 +14,7 @@ from typing import Self
 
 import grpc
 import numpy as np
+import running
 from manifests import environment, overlay
 from running import TIMEOUT_SECONDS
 
@@ -36,7 +37,7 @@ class Pod:
         given = environment(overlay("autoscaling/hpa")) | listen | {"PERCEPNET_MODEL": str(model)} | variables
         others = {name: value for name, value in os.environ.items() if not name.startswith("PERCEPNET_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "percepnet.cli", "serve"],
+            [sys.executable, running.__file__],
             env=others | given,
             stderr=subprocess.PIPE,
             text=True,
