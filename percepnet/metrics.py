@@ -20,6 +20,8 @@ RATE = 16_000
 
 _TINY = 1e-12
 _WORST_PESQ = 1.04
+_PAUSE_FRAME = RATE // 50
+_INAUDIBLE = 1e-8  # 80 dB below speech: digital silence must not rule a mean
 
 
 class Scores(NamedTuple):
@@ -33,13 +35,16 @@ class Scores(NamedTuple):
     """Scale-invariant signal-to-distortion ratio in dB."""
     level: float
     """RMS level over that of the reference, in dB."""
+    pauses: float
+    """RMS level where the reference pauses over that of the reference, in dB: what is left of the noise."""
 
     def cells(self) -> list[str]:
         """The scores as table cells under `HEADINGS`."""
-        return [f"{self.pesq:.3f}", f"{self.estoi:.3f}", f"{self.si_sdr:.2f}", f"{self.level:+.2f}"]
+        fidelity = [f"{self.pesq:.3f}", f"{self.estoi:.3f}", f"{self.si_sdr:.2f}"]
+        return [*fidelity, f"{self.level:+.2f}", f"{self.pauses:.2f}"]
 
 
-HEADINGS = ["PESQ-WB", "ESTOI", "SI-SDR dB", "level dB"]
+HEADINGS = ["PESQ-WB", "ESTOI", "SI-SDR dB", "level dB", "pauses dB"]
 
 
 def score(clean: np.ndarray, estimate: np.ndarray, sample_rate: int) -> Scores:
@@ -53,6 +58,7 @@ def score(clean: np.ndarray, estimate: np.ndarray, sample_rate: int) -> Scores:
         estoi(reference, degraded),
         si_sdr(reference, degraded),
         level_difference(reference, degraded),
+        pause_level(reference, degraded),
     )
 
 
@@ -104,6 +110,23 @@ def level_difference(clean: np.ndarray, estimate: np.ndarray) -> float:
         return math.nan
     energies = [np.square(signal, dtype=np.float64).sum() + _TINY for signal in (estimate, clean)]
     return float(10 * np.log10(energies[0] / energies[1]))
+
+
+def pause_level(clean: np.ndarray, estimate: np.ndarray) -> float:
+    """RMS level of the estimate over that of the reference, in dB, where the reference pauses.
+
+    Pauses are its frames of 20 ms more than 30 dB below its mean; NaN if they make less than 0.2 s.
+    """
+    frames = len(clean) // _PAUSE_FRAME
+    energy, left = (
+        np.square(signal[: frames * _PAUSE_FRAME], dtype=np.float64).reshape(frames, -1).mean(axis=1)
+        for signal in (clean, estimate)
+    )
+    whole = np.mean(np.square(clean, dtype=np.float64))
+    paused = energy < 1e-3 * whole
+    if paused.sum() * _PAUSE_FRAME < 0.2 * RATE:
+        return math.nan
+    return float(10 * np.log10(left[paused].mean() / whole + _INAUDIBLE))
 
 
 def resampled(samples: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:

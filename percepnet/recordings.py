@@ -54,8 +54,8 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the choices of how to enhance and how to write."""
+def add_control_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the choices of how to enhance."""
     parser.add_argument(
         "--attenuation-limit-db",
         type=float,
@@ -66,6 +66,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "--mix", type=float, default=1.0, help="0 gives the input, 1 the enhanced signal (default: 1)"
     )
     parser.add_argument("--no-postfilter", action="store_true", help="keep more residual noise")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the choices of how to enhance and how to write."""
+    add_control_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     parser.add_argument(
         "--format",

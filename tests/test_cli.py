@@ -128,12 +128,12 @@ def test_a_bad_file_is_named_and_the_others_are_done(folder, model, capsys):
     assert "Traceback" not in output.err
 
 
-def test_controls_reach_the_enhancer(folder, model):
-    """All dry gives the input back; the others differ from each other."""
-    put(folder / "a.wav")
+def test_controls_reach_the_enhancer(folder):
+    """All dry gives the input back; the others differ from each other, with a model that knows noise."""
+    soundfile.write("a.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
     results = []
     for options in (["--mix", "0"], [], ["--no-postfilter"], ["--attenuation-limit-db", "6"]):
-        assert main(["enhance", "a.wav", "out.wav", "--force", "--model", model, *options]) == 0
+        assert main(["enhance", "a.wav", "out.wav", "--force", *options]) == 0
         results.append(soundfile.read("out.wav")[0])
     original = soundfile.read("a.wav")[0]
     middle = slice(100, -100)
@@ -141,7 +141,7 @@ def test_controls_reach_the_enhancer(folder, model):
     assert np.corrcoef(results[0][middle], original[middle])[0, 1] > 0.95
     for one in range(len(results)):
         for other in range(one):
-            assert np.abs(results[one] - results[other]).max() > 1e-3
+            assert np.abs(results[one] - results[other]).max() > 1e-4
 
 
 @pytest.mark.parametrize(

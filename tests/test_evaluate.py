@@ -83,8 +83,9 @@ def test_the_table_compares_before_with_after(clips, model, capsys):
     assert cells["noise: enhanced"] != cells["noise: noisy"]
 
 
-def test_an_attenuation_limit_of_nothing_changes_nothing(clips, model, capsys):
-    assert main([*arguments(clips, model), "--attenuation-limit-db", "0"]) == 0
+@pytest.mark.parametrize("option", ["--attenuation-limit-db", "--mix"])
+def test_an_attenuation_limit_or_a_mix_of_nothing_changes_nothing(clips, model, capsys, option):
+    assert main([*arguments(clips, model), option, "0"]) == 0
     before, after = capsys.readouterr().out.splitlines()[4:6]
     assert [float(cell) for cell in before.strip("| ").split(" | ")[2:]] == pytest.approx(
         [float(cell) for cell in after.strip("| ").split(" | ")[2:]], abs=0.05
@@ -111,7 +112,7 @@ def test_names_tell_the_condition(name, expected):
 
 def test_conditions_are_ordered_and_averaged():
     names = ["a_snr10", "b_snr-5", "c_clean", "d_rev", "e_snr10"]
-    scores = [(Scores(n, 0, 0, 0), Scores(n + 0.5, 0, 0, math.nan)) for n in range(1, 6)]
+    scores = [(Scores(n, 0, 0, 0, 0), Scores(n + 0.5, 0, 0, math.nan, 0)) for n in range(1, 6)]
     rows = [line.strip("| ").split(" | ") for line in table(names, scores).splitlines()[2:]]
     assert [row[0] for row in rows[::2]] == [
         f"{condition}: noisy"

@@ -12,6 +12,7 @@ from percepnet import metrics
 from percepnet.enhancer import Enhancer
 from percepnet.metrics import Scores
 from percepnet.model import Model
+from percepnet.recordings import add_control_arguments, add_model_argument, controls_of
 from percepnet.report import Pair, count, each, make_folder, markdown, pairs, read_together
 from percepnet.stream import enhance_file
 from percepnet.synthesis import Controls
@@ -82,20 +83,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enhanced-out", type=Path, metavar="DIR", help="keep the enhanced recordings here, as WAV"
     )
-    parser.add_argument(
-        "--model", type=Path, help="a model.onnx with its model.json beside it (default: the bundled model)"
-    )
-    parser.add_argument("--no-postfilter", action="store_true", help="keep more residual noise")
-    parser.add_argument(
-        "--attenuation-limit-db", type=float, metavar="DB", help="lower noise by at most this"
-    )
+    add_model_argument(parser)
+    add_control_arguments(parser)
     parser.add_argument("--jobs", type=count, default=1, help="processes (default: 1)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Enhance, score and print the table; returns the exit status."""
     clips = pairs(arguments.clean, arguments.noisy)
-    controls = Controls(arguments.attenuation_limit_db, postfilter=not arguments.no_postfilter)
+    controls = controls_of(arguments)
     model = Model.load(arguments.model)
     with tempfile.TemporaryDirectory() as temporary:
         output = arguments.enhanced_out or Path(temporary)
