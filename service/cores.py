@@ -56,6 +56,12 @@ def share_calmly() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+def go_first() -> None:
+    """Let this thread take the core as soon as it wakes, before threads that share calmly."""
+    if hasattr(os, "sched_setscheduler"):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def _cgroup_folders(root: Path) -> list[Path]:
     """Where the limits of this process may stand: its cgroup of both versions, and those around it."""
     try:

@@ -407,6 +407,11 @@ class Engine:
         return sum(session.n_frames for session in self._ready)
 
     @property
+    def n_ready(self) -> int:
+        """Sessions of which frames wait."""
+        return len(self._ready)
+
+    @property
     def has_work(self) -> bool:
         """Whether frames wait."""
         return bool(self._ready)
@@ -493,7 +498,7 @@ class Engine:
                     self._bypass(late, n_late)
             waiting = [session for session in sessions if session.n_frames]
             if waiting:
-                n_frames = min(min(s.n_frames for s in waiting), max(1, ROUND_FRAMES // len(waiting)))
+                n_frames = min(min(s.n_frames for s in waiting), max(2, ROUND_FRAMES // len(waiting)))
                 self._metrics.tick_streams.observe(len(waiting))
                 self._enhance(waiting, n_frames)
         except Exception as error:

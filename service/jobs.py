@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Self, TypeVar
 
+from service import cores
 from service.board import Board
 from service.errors import BusyError, ClientGoneError
 
@@ -71,7 +72,7 @@ class FileJobs:
         self.limit = limit
         self._board = board or Board()
         self._turns = Turns(workers)
-        self._threads = ThreadPoolExecutor(limit, thread_name_prefix="file")
+        self._threads = ThreadPoolExecutor(limit, "file", initializer=cores.share_calmly)
 
     @property
     def accepted(self) -> int:

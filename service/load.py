@@ -40,9 +40,6 @@ PATIENCE_SECONDS = 2.0
 MOST_STREAMS, MOST_SECONDS = 500, 900
 """This is a measurement, no weapon."""
 
-_SPIN_SECONDS = 0.001
-"""The clock of epoll counts in milliseconds; what is nearer is waited for in a loop."""
-
 _METHOD = "/" + pb.DESCRIPTOR.services_by_name["EnhancementService"].full_name + "/EnhanceStream"
 
 
@@ -196,7 +193,10 @@ def _put_on(
         poll.register(fd, select.EPOLLIN)
 
     def read(timeout: float) -> None:
-        for fd, _ in poll.poll(timeout):
+        # The clock of epoll itself counts in milliseconds.
+        if timeout and not select.select([poll], [], [], timeout)[0]:
+            return
+        for fd, _ in poll.poll(0):
             readers[fd]()
 
     speakers = []
@@ -229,7 +229,7 @@ def _put_on(
                 time.monotonic(),
             )
         while (wait := when - time.monotonic()) > 0:
-            read(max(0.0, wait - _SPIN_SECONDS))
+            read(wait)
         if speakers[i % plan.streams].speak():
             sent_times[i] = time.monotonic()
         if not i % 8:

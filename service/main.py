@@ -74,6 +74,7 @@ class Server(uvicorn.Server):
         except RuntimeError as error:
             logs.logger.error("cannot listen for gRPC, --grpc-listen chooses another port: %s", error)
             raise SystemExit(1) from error
+        cores.go_first()  # gRPC has its threads by now
         try:
             await super().startup(sockets)
         except SystemExit:

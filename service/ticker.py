@@ -2,64 +2,88 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from service.engine import Engine
 
-AIM_SECONDS = 0.008
+AIM_SECONDS = 0.0085
 """In what time a frame should be answered: what is left of it, the loop waits for more frames. A round's cost
 for each stream falls steeply up to 8 of them, and to wake the process for a message costs as much as the
 message. The rest of the 10 ms is for the pauses of a shared machine."""
 
-NAP_SECONDS = 0.001
-"""How long the loop sleeps between two looks at the network."""
+YIELD_SECONDS = 50e-6
+"""A sleep that lets gRPC's threads, which wait while the loop is busy, bring what is there."""
 
-_TURNS = 2
-"""Of the loop, from a packet's coming to a session's having it: gRPC's reader, then the stream's task."""
+_TURNS = 3
+"""Of the loop, until what gRPC's threads have brought is with the engine: its reader, the stream's task."""
+
+_LOOKS = 8
+"""At what gRPC's threads bring, before a round at most."""
 
 
 class Ticker:
-    """Runs the rounds of an engine.
+    """Runs the rounds of an engine. clock, sleep: other ones for a test.
 
     The rounds block the event loop on purpose: on one core a thread of their own would have to take turns
-    with the transport all the same, for the core and for the interpreter, and to wake it with every answer.
-    With several streams the loop sleeps after a round, too, so that it wakes once for all the messages that
-    come meanwhile. A frame that comes as a round begins waits for it, for the sleep, and for its own round:
-    so the loop may sleep for what two rounds leave of the aim.
+    with the transport all the same, for the core and for the interpreter. In each beat the loop takes what
+    has come, enhances it in a round, and writes the answers; with several streams it then sleeps, so that it
+    wakes once for all the messages that come meanwhile. A frame that just misses a beat is answered by the
+    next one, so the time from beat to beat is what the work of a beat leaves of the aim. gRPC hands over one
+    message of a stream at a time: a beat that finds several frames of one looks again for more. There is no
+    sleep over frames that a round has left.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._engine = engine
-        self._handle: asyncio.Handle | None = None
-        self._loop = asyncio.get_running_loop()
-        self._next = 0.0  # when the next round is due
-        engine.on_work = self._wake
+        self._clock = clock
+        self._sleep = sleep
+        self._work = asyncio.Event()
+        self._busy_seconds = AIM_SECONDS / 2  # that beats lately took
+        engine.on_work = self._work.set
+        self._task = asyncio.create_task(self._run())
 
     def close(self) -> None:
         """Run no further round."""
-        if self._handle is not None:
-            self._handle.cancel()
+        self._task.cancel()
 
-    def _wake(self) -> None:
-        if self._handle is None:
-            self._handle = self._loop.call_soon(self._tick)
+    async def _run(self) -> None:
+        while True:
+            self._work.clear()
+            await self._work.wait()
+            while await self._beat():
+                pass
 
-    def _tick(self) -> None:
-        begun = time.monotonic()
-        self._engine.run_round(begun)
-        ended = time.monotonic()
-        self._next = ended + AIM_SECONDS - 2 * (ended - begun)
-        self._look(_TURNS)
+    async def _beat(self) -> bool:
+        """Whether there was work."""
+        begun = self._clock()
+        await self._take()
+        if not self._engine.has_work:
+            return False
+        self._engine.run_round(self._clock())
+        is_behind = self._engine.has_work
+        await asyncio.sleep(0)  # the answers are written
+        if self._engine.active > 1:
+            busy = self._clock() - begun
+            self._busy_seconds += 0.2 * (busy - self._busy_seconds)
+            left = 0 if is_behind else AIM_SECONDS - self._busy_seconds - busy
+            self._sleep(max(left, YIELD_SECONDS))
+        return True
 
-    def _look(self, turns: int) -> None:
-        """Let the loop read and write what can be before the next nap."""
-        if turns:
-            self._handle = self._loop.call_soon(self._look, turns - 1)
-            return
-        left = self._next - time.monotonic()
-        if self._engine.active > 1 and left > 0:
-            time.sleep(min(left, NAP_SECONDS))
-            self._handle = self._loop.call_soon(self._look, _TURNS)
-        elif self._engine.has_work:
-            self._handle = self._loop.call_soon(self._tick)
-        else:
-            self._handle = None
+    async def _take(self) -> None:
+        """Let the messages come that are there."""
+        await self._turn()
+        for _ in range(_LOOKS if self._engine.active > 1 else 0):
+            n_frames = self._engine.queued_frames
+            self._sleep(YIELD_SECONDS)
+            await self._turn()
+            if not n_frames < self._engine.queued_frames > self._engine.n_ready:
+                break
+
+    async def _turn(self) -> None:
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
