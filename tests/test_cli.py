@@ -130,7 +130,7 @@ def test_a_bad_file_is_named_and_the_others_are_done(folder, model, capsys):
 
 def test_controls_reach_the_enhancer(folder):
     """All dry gives the input back; the others differ from each other, with a model that knows noise."""
-    soundfile.write("a.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000), 16_000)
+    soundfile.write("a.wav", 0.1 * np.random.default_rng(0).standard_normal(44_100), 44_100)
     results = []
     for options in (["--mix", "0"], [], ["--no-postfilter"], ["--attenuation-limit-db", "6"]):
         assert main(["enhance", "a.wav", "out.wav", "--force", *options]) == 0
