@@ -93,11 +93,19 @@ def test_a_rolling_replacement_loses_and_doubles_no_sample(model: Path) -> None:
         np.testing.assert_array_equal(np.concatenate(call.heard), unbroken)
 
 
-def test_clients_that_know_pods_let_them_go_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keys", [False, True], ids=["plain", "handover"])
+def test_clients_that_know_pods_let_them_go_at_once(
+    model: Path, keys: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The grace is minutes; the pods stop in the moment when their last stream has moved."""
     monkeypatch.setattr(client_pods, "LOOK_UP_SECONDS", 0.2)
+    variables = {}
+    if keys:
+        variables["PERCEPNET_HANDOVER_KEYS_FILE"] = str(tmp_path / "keys")
+        (tmp_path / "keys").write_text(64 * "k")
     with ThreadPoolExecutor() as pool, ExitStack() as stack:
-        pods = [stack.enter_context(pod) for pod in pool.map(Pod, 4 * [model])]
+        started = [pool.submit(Pod, model, **variables) for _ in range(4)]
+        pods = [stack.enter_context(pod.result()) for pod in started]
         old, new = pods[:2], pods[2:]
         names = [pod.grpc for pod in old]  # what the headless service's name stands for
         client = stack.enter_context(Client("percepnet-streams:50051", resolver=lambda host, port: names))
@@ -111,14 +119,15 @@ def test_clients_that_know_pods_let_them_go_at_once(model: Path, monkeypatch: py
             leaving.terminate()
             assert leaving.wait() in (0, -signal.SIGTERM)
         hang_up(calls)
-    assert all(stream.reconnections >= 1 for stream in streams)
     enhancer = Enhancer(Model.load(model))
-    for call in calls:
+    for call, stream in zip(calls, streams, strict=True):
+        assert (stream.handovers if keys else stream.reconnections) >= 1
+        assert not (keys and stream.reconnections)
         heard = np.concatenate(call.heard)
         unbroken = enhance(np.concatenate(call.said), RATE, enhancer=enhancer)
         assert heard.shape == unbroken.shape
         # One sample more or less, and noise would have nothing in common with itself.
-        assert np.sum((heard - unbroken) ** 2) < 0.01 * np.sum(unbroken**2)
+        assert np.sum((heard - unbroken) ** 2) <= (0 if keys else 0.01 * np.sum(unbroken**2))
 
 
 def test_calls_that_outlast_the_grace_are_ended_with_a_status_that_says_why(model: Path) -> None:
