@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -13,6 +12,7 @@ import numpy as np
 
 from percepnet.synthesis import Controls
 from service import pcm
+from service.client.base import BaseClient, BaseStream
 from service.client.conversation import (
     SERVICE,
     WINDOW_SECONDS,
@@ -26,17 +26,11 @@ from service.client.conversation import (
     Response,
     clip_request,
 )
-from service.client.multiplex import AsyncSession, AsyncTrunk
+from service.client.multiplex import AsyncTrunk
 from service.client.pods import (
     LOOK_UP_SECONDS,
     MOVE_SECONDS,
-    PATIENCE_SECONDS,
     Attempts,
-    Pods,
-    Resolver,
-    Tls,
-    call_metadata,
-    look_up,
 )
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
@@ -91,7 +85,7 @@ class _Connection:
             self._pods.release(self.address)
 
 
-class AsyncLiveStream:
+class AsyncLiveStream(BaseStream[_Connection]):
     """One live speaker; leave its `async with` block, or call `end`, to give its place back.
 
     `push`, `update`, `flush` and `end` wait for their answer. With `pipe`, or with `send` and `receive` from
@@ -101,39 +95,15 @@ class AsyncLiveStream:
     """
 
     def __init__(self, client: "AsyncClient", talk: Conversation, timeout_seconds: float | None) -> None:
-        self.last: pb.EnhancedAudio | None = None
-        """The newest audio that came, with its position and its report."""
-        self.handovers = 0
-        """How often another server went on with the stream's state, without a difference."""
-        self.reconnections = 0
-        """How often the stream was taken up again without it, after a short fade."""
-        self._answers: deque[Answer] = deque()  # that came early, while the stream moved
+        super().__init__(client, talk, timeout_seconds)
         self._client = client
-        self._talk = talk
-        self._timeout_seconds = timeout_seconds
         self._writing = asyncio.Lock()  # whoever has it may write, or put another connection in place
         self._room = asyncio.Event()
-        self._error: Exception | None = None
-        self._connection: _Connection
-        self._may_move = 0.0  # not before this time
-        self._spent = False  # the server has given the state away, or was asked to: it answers nothing more
-        self._attempts = Attempts(client.pods, client.patience_seconds)
-        self._n_answers = -1  # when they began, after a loss
 
     async def open(self) -> Self:
         """Find a server; `AsyncClient.stream` does it."""
         await self._connect(self._attempts)
         return self
-
-    @property
-    def started(self) -> pb.StreamStarted:
-        """The server's description of the stream."""
-        return self._talk.started
-
-    @property
-    def delay_samples(self) -> int:
-        """Samples by which the output lags behind the input; left out if the delay is compensated."""
-        return self.started.delay_samples
 
     async def push(self, samples: np.ndarray) -> np.ndarray:
         """Send samples, float32 (n,) with full scale ±1, and wait for the answer: (n,) float32.
@@ -237,11 +207,6 @@ class AsyncLiveStream:
             raise EndedError("the stream was ended")
         return answer
 
-    def _tell(self, answer: Answer) -> Answer:
-        if answer.message.HasField("audio"):
-            self.last = answer.message.audio
-        return answer
-
     async def _connect(self, attempts: Attempts) -> None:
         """Find a server."""
         while True:
@@ -287,14 +252,7 @@ class AsyncLiveStream:
         self._connection.drop()
         async with self._writing:
             try:
-                if self._error:
-                    raise self._error from None
-                if self._talk.n_answers != self._n_answers:  # it worked since the last time
-                    self._n_answers = self._talk.n_answers
-                    self._attempts = Attempts(self._client.pods, self._client.patience_seconds)
-                if lost is not None:
-                    self._attempts.lost(self._connection.address, lost)
-                await self._connect(self._attempts)
+                await self._connect(self._lost(self._connection.address, lost))
                 self.reconnections += 1
                 self._spent = False
             except Exception as error:
@@ -379,55 +337,11 @@ class _Opening:
         self._stream.close()
 
 
-class AsyncClient:
-    """Streams and clips at the servers behind one name, for the tasks of one event loop.
+class AsyncClient(BaseClient[grpc.aio.Channel, _Opening]):
+    """`Client` for the tasks of one event loop: a stream is opened with `async with` or `await`."""
 
-    target: HOST:PORT; the streams spread over all addresses that the name has. tls: files for TLS; None
-    talks in the clear. api_key: sent with every call. multiplex: the streams to a server share one RPC, and
-    what is sent at about the same time one message, so that many speakers cost little. patience_seconds:
-    longest time without a server, when a stream is opened or its connection lost, before the error is raised;
-    full servers are asked again when they said.
-    timeout_seconds: longest time for a unary call. resolver: looks the name up, in a thread.
-    Raises ParameterError for a target of another form, OSError for files that cannot be read.
-    """
-
-    def __init__(
-        self,
-        target: str,
-        *,
-        tls: Tls | None = None,
-        api_key: str | None = None,
-        multiplex: bool = False,
-        patience_seconds: float = PATIENCE_SECONDS,
-        timeout_seconds: float = 60.0,
-        resolver: Resolver = look_up,
-    ) -> None:
-        self.pods: Pods[grpc.aio.Channel] = Pods(target, grpc.aio, tls, resolver)
-        self.metadata = call_metadata(api_key)
-        self.multiplex = multiplex
-        self._trunks: dict[str, AsyncTrunk] = {}
-        self.patience_seconds = patience_seconds
-        self._timeout_seconds = timeout_seconds
-
-    def stream(
-        self,
-        sample_rate: int,
-        *,
-        controls: Controls = Controls(),
-        message_samples: int = 0,
-        compensate_delay: bool = False,
-        report: bool = False,
-        timeout_seconds: float | None = None,
-    ) -> _Opening:
-        """Open a live stream, `async with` or `await`; the fields are those of the proto's StreamConfig."""
-        talk = Conversation(
-            sample_rate,
-            controls,
-            message_samples=message_samples,
-            compensate_delay=compensate_delay,
-            report=report,
-        )
-        return _Opening(AsyncLiveStream(self, talk, timeout_seconds))
+    _maker = grpc.aio
+    _trunk = AsyncTrunk
 
     async def enhance(
         self, samples: np.ndarray, sample_rate: int, *, controls: Controls = Controls()
@@ -440,18 +354,6 @@ class AsyncClient:
     async def status(self) -> pb.GetStatusResponse:
         """The model, the load and the capacity of one of the servers."""
         return await self._unary("GetStatus", pb.GetStatusRequest(), pb.GetStatusResponse)
-
-    def session(self, address: str, timeout_seconds: float | None) -> AsyncSession:
-        """A session with a server, over the RPC that is there or a new one."""
-        trunk = self._trunks.get(address)
-        session = trunk.session(timeout_seconds) if trunk else None
-        if session is None:
-            trunk = AsyncTrunk(self.pods.channel(address), self.metadata)
-            session = trunk.session(timeout_seconds)
-            assert session is not None
-            self._trunks[address] = trunk
-            trunk.start()
-        return session
 
     async def refresh(self, attempts: Attempts) -> None:
         """Look the name up, if it is time to."""
@@ -475,6 +377,9 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _begin(self, talk: Conversation, timeout_seconds: float | None) -> _Opening:
+        return _Opening(AsyncLiveStream(self, talk, timeout_seconds))
 
     async def _unary(self, method: str, request: Any, response: Any) -> Any:
         attempts = Attempts(self.pods, self.patience_seconds)
