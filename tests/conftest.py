@@ -11,6 +11,7 @@ from scipy import signal
 
 from percepnet.constants import N_BANDS, N_FEATURES
 from percepnet.constants import SAMPLE_RATE as RATE
+from percepnet.enhancer import Enhancer
 from percepnet.model import Model
 
 
@@ -82,6 +83,11 @@ def synthetic_voice(rng: np.random.Generator, rate: int) -> np.ndarray:
     time = np.arange(3 * rate) / rate
     buzz = signal.sawtooth(2 * np.pi * rng.uniform(90, 250) * time) + 0.1 * rng.normal(size=len(time))
     return 0.3 * buzz * (np.sin(2 * np.pi * 2 * time) > -0.3)
+
+
+@pytest.fixture(scope="session")
+def enhancer(random_model: Model) -> Enhancer:
+    return Enhancer(random_model)
 
 
 @pytest.fixture(scope="session")

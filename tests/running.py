@@ -7,9 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+import httpx
 
 from percepnet.cli import main
 from percepnet.enhancer import Enhancer
@@ -18,6 +20,7 @@ from service.main import Server
 from service.settings import Address, Settings
 
 TIMEOUT_SECONDS = 100
+"""Ends a test that hangs; nothing is measured with it."""
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
@@ -40,6 +43,40 @@ def running(enhancer: Enhancer, **choices: Any) -> Iterator[Server]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+class Service:
+    """A running server, and what it tells over HTTP."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.address: tuple[str, int] = server.servers[0].sockets[0].getsockname()
+        self.http = httpx.Client(base_url="http://{}:{}".format(*self.address), timeout=TIMEOUT_SECONDS)
+
+    def metric(self, name: str) -> float:
+        """The present value of one metric, labels included in its name; 0 if there is none."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(f"{name} "))
+
+    def wait_for(self, name: str, value: float) -> None:
+        """Return as soon as a metric has a value."""
+        eventually(lambda: self.metric(name) == value, f"{name} = {value}")
+
+    def close(self) -> None:
+        """Hang up."""
+        self.http.close()
+
+
+Kind = TypeVar("Kind", bound=Service)
+
+
+@contextmanager
+def serving(kind: Callable[[Server], Kind], enhancer: Enhancer, **choices: Any) -> Iterator[Kind]:
+    """A started server with the connections of a test to it, which outlive it."""
+    with ExitStack() as after_the_server, running(enhancer, **choices) as server:
+        service = kind(server)
+        after_the_server.callback(service.close)
+        yield service
 
 
 def serve(flags: list[str], log: Path | None = None) -> None:

@@ -24,7 +24,6 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from percepnet.enhancer import Enhancer
-from percepnet.model import Model
 from service import keys
 from service.callers import Caller
 from service.main import Server
@@ -129,11 +128,6 @@ def serving(enhancer: Enhancer, **choices: Any) -> Iterator[Callers]:
     finally:
         if callers is not None:
             callers.close()
-
-
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
 
 
 @pytest.fixture(scope="module")

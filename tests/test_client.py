@@ -21,7 +21,6 @@ from running import Link, eventually, running
 
 from percepnet.enhancer import Enhancer
 from percepnet.errors import ParameterError
-from percepnet.model import Model
 from percepnet.stream import enhance
 from percepnet.synthesis import Controls
 from service import keys
@@ -31,11 +30,6 @@ from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
 RATE = 16_000
 KEY = "0123456789abcdef0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from percepnet.constants import HOP
 from percepnet.enhancer import Enhancer
 from percepnet.errors import ParameterError
-from percepnet.model import Model
 from percepnet.stream import Stream, enhance
 from percepnet.synthesis import Controls, FrameControls
 from service import pcm
@@ -25,11 +24,6 @@ from service.engine import (
 )
 from service.errors import BusyError
 from service.metrics import Metrics
-
-
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
 
 
 @pytest.fixture

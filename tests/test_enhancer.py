@@ -11,16 +11,10 @@ from hypothesis import strategies as st
 
 from percepnet.constants import HOP, LATENCY_SAMPLES
 from percepnet.enhancer import Enhancer
-from percepnet.model import Model
 from percepnet.synthesis import Controls, FrameControls
 
 N_FRAMES = 12
 SAMPLES = signals.voices(N_FRAMES)
-
-
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
 
 
 def _in_pieces(enhancer: Enhancer, samples: np.ndarray, cuts: set[int]) -> np.ndarray:

@@ -7,21 +7,20 @@ stream does reaches another one, and nothing stays behind.
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import grpc
-import httpx
 import numpy as np
 import pytest
+import running
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from running import TIMEOUT_SECONDS, eventually, running
+from running import TIMEOUT_SECONDS, eventually
 
 from percepnet.enhancer import Enhancer
 from percepnet.errors import ParameterError
-from percepnet.model import Model
 from percepnet.stream import enhance
 from percepnet.synthesis import Controls
 from service.client import Client, LiveStream
@@ -30,23 +29,20 @@ from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 from service.settings import Address, Settings
 
 RATE = 16_000
-"""Ends a test that hangs; nothing is measured with it."""
 
 Request = pb.EnhanceStreamRequest
 CONFIG = pb.StreamConfig(sample_rate_hz=RATE, encoding=pb.ENCODING_S16LE)
 
 
-class Service:
+class Service(running.Service):
     """A running server, a channel and a client to it."""
 
     def __init__(self, server: Server) -> None:
-        self.server = server
+        super().__init__(server)
         self.target = f"127.0.0.1:{server.grpc.port}"
         # The caller's own window is part of what a slow reader piles up; here it must not grow.
         self.channel = grpc.insecure_channel(self.target, [("grpc.http2.bdp_probe", 0)])
         self.client = Client(self.target, patience_seconds=0)
-        address = server.servers[0].sockets[0].getsockname()
-        self.http = httpx.Client(base_url="http://{}:{}".format(*address), timeout=TIMEOUT_SECONDS)
 
     def stream(self, requests: Iterable[Request | bytes]) -> Any:
         """Open an EnhanceStream with any messages, garbage included."""
@@ -63,32 +59,13 @@ class Service:
             list(self.stream(requests))
         return caught.value.code(), caught.value.details()
 
-    def metric(self, name: str) -> float:
-        """The present value of one metric, labels included in its name; 0 if there is none."""
-        lines = self.http.get("/metrics").text.splitlines()
-        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(f"{name} "))
-
-    def wait_for(self, name: str, value: float) -> None:
-        """Return as soon as a metric has a value."""
-        eventually(lambda: self.metric(name) == value, f"{name} = {value}")
-
     def close(self) -> None:
         self.client.close()
         self.channel.close()
-        self.http.close()
+        super().close()
 
 
-@contextmanager
-def serving(enhancer: Enhancer, **choices: Any) -> Iterator[Service]:
-    with ExitStack() as after_the_server, running(enhancer, **choices) as server:
-        service = Service(server)
-        after_the_server.callback(service.close)
-        yield service
-
-
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
+serving = partial(running.serving, Service)
 
 
 @pytest.fixture(scope="module")

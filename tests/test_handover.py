@@ -50,11 +50,6 @@ def noise(n_samples: int, seed: int = 0) -> np.ndarray:
     return (0.1 * np.random.default_rng(seed).standard_normal(n_samples)).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
-
-
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
     """A file with the key that all servers share."""

@@ -9,18 +9,17 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import grpc
-import httpx
 import numpy as np
 import pytest
+import running
 import soundfile
-from running import TIMEOUT_SECONDS, eventually, running
+from running import TIMEOUT_SECONDS, eventually
 
 from percepnet.enhancer import Enhancer
-from percepnet.model import Model
 from percepnet.stream import Stream, enhance_file
 from percepnet.synthesis import Controls
 from service.main import Server
@@ -30,12 +29,16 @@ NAMES = ("nvidia.maxine.bnr.v1.MaxineBNR", "nvidia.ai4m.bnr.v1.BNR")
 PIECE_BYTES = 64 * 1024
 
 
-class Service:
+class Service(running.Service):
     """A running server and a channel to it."""
 
-    def __init__(self, server: Server, channel: grpc.Channel) -> None:
-        self.server = server
-        self.channel = channel
+    def __init__(self, server: Server) -> None:
+        super().__init__(server)
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{server.grpc.port}")
+
+    def close(self) -> None:
+        self.channel.close()
+        super().close()
 
     def enhance_audio(self, requests: Iterable[bnr.EnhanceAudioRequest], name: str = NAMES[0]) -> Any:
         method = self.channel.stream_stream(
@@ -50,24 +53,8 @@ class Service:
             list(self.enhance_audio(requests))
         return caught.value.code(), caught.value.details()
 
-    def metric(self, name: str) -> float:
-        address = self.server.servers[0].sockets[0].getsockname()
-        lines = httpx.get("http://{}:{}/metrics".format(*address), timeout=TIMEOUT_SECONDS).text.splitlines()
-        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(f"{name} "))
 
-
-@contextmanager
-def serving(enhancer: Enhancer, **choices: Any) -> Iterator[Service]:
-    with (
-        running(enhancer, **choices) as server,
-        grpc.insecure_channel(f"127.0.0.1:{server.grpc.port}") as channel,
-    ):
-        yield Service(server, channel)
-
-
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
+serving = partial(running.serving, Service)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import pytest
 from running import TIMEOUT_SECONDS, eventually, running
 
 from percepnet.enhancer import Enhancer
-from percepnet.model import Model
 from percepnet.stream import enhance
 from service import capacity
 from service.client import Client
@@ -24,11 +23,6 @@ from service.main import Server
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
 METHOD = "/percepnet_service.v1.EnhancementService/EnhanceStreams"
-
-
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
 
 
 @pytest.fixture(scope="module")

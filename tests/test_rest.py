@@ -13,17 +13,18 @@ import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+import running
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import TIMEOUT_SECONDS, eventually, running
+from running import TIMEOUT_SECONDS, eventually
 
 from percepnet.enhancer import Enhancer, EnhancerState
 from percepnet.model import Model
@@ -31,34 +32,17 @@ from percepnet.stream import enhance_file
 from percepnet.synthesis import Controls
 from service.errors import ANSWERS
 from service.logs import JsonFormatter
-from service.main import Server
 
 RATE = 16_000
 
-"""Ends a test that hangs; nothing is measured with it."""
 
-
-class Service:
-    """A running server and a client to it."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self.address: tuple[str, int] = server.servers[0].sockets[0].getsockname()
-        self.client = httpx.Client(base_url="http://{}:{}".format(*self.address), timeout=TIMEOUT_SECONDS)
+class Service(running.Service):
+    """A running server and what callers send to it."""
 
     def enhance(self, content: Any, **parameters: Any) -> httpx.Response:
         """Post a bare body."""
         headers = {"Content-Type": "application/octet-stream"}
-        return self.client.post("/enhance", content=content, params=parameters, headers=headers)
-
-    def metric(self, name: str) -> float:
-        """The present value of one metric, labels included in its name; 0 if there is none."""
-        lines = self.client.get("/metrics").text.splitlines()
-        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(f"{name} "))
-
-    def wait_for(self, name: str, value: float) -> None:
-        """Return as soon as a metric has a value."""
-        eventually(lambda: self.metric(name) == value, f"{name} = {value}")
+        return self.http.post("/enhance", content=content, params=parameters, headers=headers)
 
     def send(self, request: bytes) -> socket.socket:
         """Open a connection and send raw bytes."""
@@ -73,17 +57,7 @@ def post_head(length: int) -> bytes:
     return "\r\n".join((*lines, "", "")).encode()
 
 
-@contextmanager
-def serving(enhancer: Enhancer, **choices: Any) -> Iterator[Service]:
-    with ExitStack() as after_the_server, running(enhancer, **choices) as server:
-        service = Service(server)
-        after_the_server.callback(service.client.close)
-        yield service
-
-
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
+serving = partial(running.serving, Service)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +190,7 @@ def test_the_asked_format_is_written(
 
 def test_a_form_and_a_bare_body_give_the_same(service: Service) -> None:
     content = encoded(recording())
-    form = service.client.post("/enhance", files={"file": ("a.wav", content)})
+    form = service.http.post("/enhance", files={"file": ("a.wav", content)})
     assert form.status_code == 200
     assert form.content == service.enhance(content).content
 
@@ -224,7 +198,7 @@ def test_a_form_and_a_bare_body_give_the_same(service: Service) -> None:
 @pytest.mark.parametrize("content_type", ["audio/x-wav", "AUDIO/WAV; rate=16000", "application/ogg", None])
 def test_a_bare_body_may_be_called_any_kind_of_audio(service: Service, content_type: str | None) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
-    assert service.client.post("/enhance", content=encoded(recording()), headers=headers).status_code == 200
+    assert service.http.post("/enhance", content=encoded(recording()), headers=headers).status_code == 200
 
 
 def test_parameters_in_the_query_and_in_the_form_do_the_same(service: Service, enhancer: Enhancer) -> None:
@@ -234,8 +208,8 @@ def test_parameters_in_the_query_and_in_the_form_do_the_same(service: Service, e
     assert expected != enhanced_by_library(enhancer, content, "wav")
     texts = {name: str(value) for name, value in parameters.items()}
     assert service.enhance(content, **texts).content == expected
-    assert service.client.post("/enhance", files={"file": content}, data=texts).content == expected
-    both = service.client.post(
+    assert service.http.post("/enhance", files={"file": content}, data=texts).content == expected
+    both = service.http.post(
         "/enhance?mix=0.75", files={"file": content}, data=dict(list(texts.items())[::2])
     )
     assert both.content == expected
@@ -266,7 +240,7 @@ def test_the_headers_tell_model_and_speed(service: Service, random_model: Model)
 def test_the_answer_is_named_after_the_upload(
     service: Service, name: str, plain: str | None, full: str | None
 ) -> None:
-    response = service.client.post("/enhance", files={"file": (name, encoded(recording(0.1)))})
+    response = service.http.post("/enhance", files={"file": (name, encoded(recording(0.1)))})
     assert response.status_code == 200
     disposition = response.headers["content-disposition"]
     assert disposition.count('"') == 2
@@ -306,7 +280,7 @@ BAD_FILES = {
 def test_each_bad_file_has_its_declared_problem(service: Service, name: str, as_form: bool) -> None:
     content, status, code, words = BAD_FILES[name]
     if as_form:
-        response = service.client.post("/enhance", files={"file": ("x", content)})
+        response = service.http.post("/enhance", files={"file": ("x", content)})
     else:
         response = service.enhance(content)
     assert_problem(response, status, code, words)
@@ -331,15 +305,15 @@ def test_each_bad_file_has_its_declared_problem(service: Service, name: str, as_
 )
 def test_a_bad_parameter_is_named(service: Service, query: str, words: str) -> None:
     content = encoded(recording(0.1))
-    assert_problem(service.client.post(f"/enhance?{query}", content=content), 422, "bad_parameter", words)
+    assert_problem(service.http.post(f"/enhance?{query}", content=content), 422, "bad_parameter", words)
     given = httpx.QueryParams(query)
     fields = {name: given.get_list(name) for name in given}
-    response = service.client.post("/enhance", files={"file": content}, data=fields)
+    response = service.http.post("/enhance", files={"file": content}, data=fields)
     assert_problem(response, 422, "bad_parameter", words)
 
 
 def test_a_parameter_given_in_query_and_form_is_refused(service: Service) -> None:
-    response = service.client.post("/enhance?mix=1", files={"file": b"x"}, data={"mix": "1"})
+    response = service.http.post("/enhance?mix=1", files={"file": b"x"}, data={"mix": "1"})
     assert_problem(response, 422, "bad_parameter", "more than once: mix")
 
 
@@ -358,7 +332,7 @@ def test_a_format_that_cannot_hold_the_audio_is_a_bad_parameter(service: Service
     ],
 )
 def test_a_body_of_another_kind_is_refused(service: Service, headers: dict[str, str]) -> None:
-    response = service.client.post("/enhance", content=encoded(recording(0.1)), headers=headers)
+    response = service.http.post("/enhance", content=encoded(recording(0.1)), headers=headers)
     assert_problem(response, 415, "unsupported_media_type")
 
 
@@ -388,7 +362,7 @@ FILE_PART = 'Content-Disposition: form-data; name="file"; filename="a.wav"\r\n'
     ],
 )
 def test_a_form_without_exactly_one_whole_file_is_refused(service: Service, request_: dict[str, Any]) -> None:
-    assert_problem(service.client.post("/enhance", **request_), 400, "bad_body")
+    assert_problem(service.http.post("/enhance", **request_), 400, "bad_body")
 
 
 def test_an_upload_is_cut_off_at_the_limit_when_no_length_is_declared(service: Service) -> None:
@@ -419,8 +393,8 @@ def test_an_upload_that_stalls_is_given_up(random_model: Model) -> None:
 
 
 def test_an_unknown_path_or_method_is_a_problem_too(service: Service) -> None:
-    assert_problem(service.client.get("/enhanced"), 404, "not_found")
-    response = service.client.get("/enhance")
+    assert_problem(service.http.get("/enhanced"), 404, "not_found")
+    response = service.http.get("/enhance")
     assert_problem(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"
 
@@ -446,7 +420,7 @@ def test_a_long_file_delays_neither_a_short_one_nor_the_service(paced: Paced) ->
     with serving(paced, file_workers=1) as service, ThreadPoolExecutor() as callers:
         long = callers.submit(service.enhance, encoded(np.zeros(60 * 48_000), 48_000, "FLAC"))
         eventually(lambda: paced.blocks == 1, "the long file's first block")
-        assert service.client.get("/healthz").status_code == 200
+        assert service.http.get("/healthz").status_code == 200
         short = callers.submit(service.enhance, encoded(np.zeros(48_000), 48_000, "FLAC"))
         service.wait_for("percepnet_files_waiting", 1)
         paced.permits.release(8)
@@ -474,7 +448,7 @@ def test_one_file_too_many_is_told_when_to_come_back(paced: Paced) -> None:
         response = service.enhance(content)
         assert_problem(response, 503, "busy")
         assert int(response.headers["retry-after"]) > 0
-        assert service.client.get("/readyz").status_code == 200
+        assert service.http.get("/readyz").status_code == 200
         paced.permits.release(100)
         assert first.result(timeout=TIMEOUT_SECONDS).status_code == 200
         assert service.enhance(content).status_code == 200
@@ -543,7 +517,7 @@ def test_requests_leave_no_open_file_behind(service: Service) -> None:
     directory = os.environ.get("TMPDIR", "/tmp")
     before, names = psutil.Process().num_fds(), set(os.listdir(directory))
     for content in (large, large[: 3 << 19], encoded(recording()), bytes(3 << 20)):
-        response = service.client.post("/enhance", files={"file": content}, headers={"Connection": "close"})
+        response = service.http.post("/enhance", files={"file": content}, headers={"Connection": "close"})
         assert response.status_code in (200, 400, 413)
     eventually(lambda: psutil.Process().num_fds() <= before, "as many open files as before")
     assert set(os.listdir(directory)) <= names
@@ -554,16 +528,16 @@ def test_requests_leave_no_open_file_behind(service: Service) -> None:
 
 def test_liveness_and_readiness(random_model: Model) -> None:
     with serving(Enhancer(random_model)) as service:
-        assert service.client.get("/healthz").json() == {"status": "ok"}
-        assert service.client.get("/readyz").json() == {"status": "ready"}
+        assert service.http.get("/healthz").json() == {"status": "ok"}
+        assert service.http.get("/readyz").json() == {"status": "ready"}
         service.server.health.stopping = True
-        assert service.client.get("/healthz").status_code == 200
-        response = service.client.get("/readyz")
+        assert service.http.get("/healthz").status_code == 200
+        response = service.http.get("/readyz")
         assert (response.status_code, response.json()) == (503, {"status": "stopping"})
 
 
 def test_the_model_is_described(service: Service, random_model: Model) -> None:
-    model = service.client.get("/v1/model").json()
+    model = service.http.get("/v1/model").json()
     assert model["sha256"] == random_model.manifest.sha256
     assert model["precision"] == "int8"
     assert (model["sample_rate"], model["latency_seconds"]) == (48_000, 0.03)
@@ -584,7 +558,7 @@ def test_metrics_count_what_was_done(enhancer: Enhancer) -> None:
         assert service.metric("percepnet_file_audio_seconds_total") == 2.0
         assert service.metric("percepnet_file_cpu_seconds_total") > 0
         assert service.metric("percepnet_files_capacity") == 5
-        response = service.client.get("/metrics")
+        response = service.http.get("/metrics")
         assert response.headers["content-type"].startswith("text/plain")
         assert 'percepnet_build_info{model="random",model_version="0",precision="int8"' in response.text
         assert "process_cpu_seconds_total" in response.text
@@ -597,7 +571,7 @@ def test_each_request_leaves_one_line_of_json_without_audio(
     with caplog.at_level(logging.INFO, "percepnet.service"):
         service.enhance(content, mix=0.5)
         service.enhance(content, mix=2)
-        service.client.get("/healthz")
+        service.http.get("/healthz")
         eventually(lambda: len(caplog.records) >= 2, "the log lines")
     good, bad = (json.loads(JsonFormatter().format(record)) for record in caplog.records)
     assert (good["status"], good["audio_seconds"], good["sample_rate_hz"]) == (200, 0.5, RATE)
@@ -619,7 +593,7 @@ def test_a_failure_is_logged_on_one_line_with_its_traceback() -> None:
 
 
 def test_the_openapi_document_tells_all_of_enhance(service: Service) -> None:
-    operation = service.client.get("/openapi.json").json()["paths"]["/enhance"]["post"]
+    operation = service.http.get("/openapi.json").json()["paths"]["/enhance"]["post"]
     parameters = {parameter["name"]: parameter["schema"] for parameter in operation["parameters"]}
     assert parameters.keys() == {"format", "attenuation_limit_db", "mix", "postfilter"}
     assert parameters["attenuation_limit_db"]["minimum"] == 0
@@ -635,12 +609,12 @@ def test_the_openapi_document_tells_all_of_enhance(service: Service) -> None:
 
 
 def test_the_documentation_page_needs_no_other_host(service: Service) -> None:
-    page = service.client.get("/docs").text
+    page = service.http.get("/docs").text
     assets = [part.split('"')[0] for part in page.replace("href=", "src=").split('src="')[1:]]
     assert len(assets) >= 2
     for asset in assets:
         assert asset.startswith("/")
-        assert service.client.get(asset).status_code == 200
+        assert service.http.get(asset).status_code == 200
     assert "http://" not in page
     assert "https://" not in page
 
@@ -691,5 +665,5 @@ def test_damaged_files_are_answered(
 @given(st.binary(max_size=300), st.sampled_from([b"", b"--b\r\n" + FILE_PART.encode() + b"\r\n"]))
 def test_random_forms_are_answered(service: Service, content: bytes, start: bytes) -> None:
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    response = service.client.post("/enhance", content=start + content, headers=headers)
+    response = service.http.post("/enhance", content=start + content, headers=headers)
     assert response.status_code in DECLARED | {422}

@@ -21,11 +21,6 @@ from percepnet.synthesis import Controls
 MODEL = "0" * 64
 
 
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
-
-
 def noise(n_samples: int) -> np.ndarray:
     return (0.1 * np.random.default_rng(0).standard_normal(n_samples)).astype(np.float32)
 

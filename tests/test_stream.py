@@ -16,17 +16,11 @@ from scipy.signal import firwin, lfilter
 
 from percepnet.enhancer import Enhancer
 from percepnet.errors import AudioError, ParameterError
-from percepnet.model import Model
 from percepnet.stream import Stream, enhance, enhance_file
 from percepnet.synthesis import Controls
 
 RATES = [8_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000]
 DRY = Controls(mix=0)
-
-
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
 
 
 def noise(n_samples: int, channels: int = 1, seed: int = 0) -> np.ndarray:

@@ -11,15 +11,9 @@ from running import running
 
 from percepnet.cli import main
 from percepnet.enhancer import Enhancer
-from percepnet.model import Model
 from percepnet.stream import enhance_file
 from percepnet.synthesis import Controls
 from service import keys
-
-
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
 
 
 @pytest.fixture(scope="module")

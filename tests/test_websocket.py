@@ -10,17 +10,17 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
-from running import TIMEOUT_SECONDS, eventually, running
+import running
+from running import TIMEOUT_SECONDS
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from percepnet.enhancer import Enhancer
-from percepnet.model import Model
 from percepnet.stream import enhance
 from service.main import Server
 
@@ -28,15 +28,12 @@ RATE = 16_000
 CONFIG = {"sample_rate_hz": RATE, "encoding": "ENCODING_S16LE"}
 
 
-class Service:
+class Service(running.Service):
     """A running server and connections to it."""
 
     def __init__(self, server: Server) -> None:
-        self.server = server
-        host, port = server.servers[0].sockets[0].getsockname()
-        self.url = f"ws://{host}:{port}/v1/stream"
-        self.address = host, port
-        self.http = f"http://{host}:{port}"
+        super().__init__(server)
+        self.url = "ws://{}:{}/v1/stream".format(*self.address)
 
     def connect(self, **choices: Any) -> ClientConnection:
         return connect(self.url, open_timeout=TIMEOUT_SECONDS, ping_interval=None, **choices)
@@ -48,13 +45,6 @@ class Service:
             send(call, config=CONFIG | config)
             assert "started" in text(call)
             yield call
-
-    def metric(self, name: str) -> float:
-        lines = httpx.get(f"{self.http}/metrics", timeout=TIMEOUT_SECONDS).text.splitlines()
-        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(f"{name} "))
-
-    def wait_for(self, name: str, value: float) -> None:
-        eventually(lambda: self.metric(name) == value, f"{name} = {value}")
 
 
 def send(call: ClientConnection, **message: Any) -> None:
@@ -91,15 +81,7 @@ def ending(call: ClientConnection) -> tuple[int, str]:
     return closed.value.rcvd.code, closed.value.rcvd.reason
 
 
-@contextmanager
-def serving(enhancer: Enhancer, **choices: Any) -> Iterator[Service]:
-    with running(enhancer, **choices) as server:
-        yield Service(server)
-
-
-@pytest.fixture(scope="module")
-def enhancer(random_model: Model) -> Enhancer:
-    return Enhancer(random_model)
+serving = partial(running.serving, Service)
 
 
 @pytest.fixture(scope="module")
