@@ -86,7 +86,7 @@ def hum(mains_hz: float, n_samples: int) -> np.ndarray:
 
 @pytest.mark.parametrize("level_dbfs", [-20, -40])
 def test_noise_alone_is_lowered_by_20_db_after_a_second(level_dbfs):
-    """Hiss, wind, rumble, mains hum of both frequencies, and a mixture."""
+    """White and pink noise, rumble, the hum of both mains, and hum in noise."""
     n_samples = 4 * SECOND
     pink = signals.pink_noise(n_samples)
     rumble = signal.lfilter(*signal.butter(1, 100, fs=SAMPLE_RATE), signals.white_noise(n_samples, seed=1))
