@@ -383,6 +383,8 @@ class Engine:
         """Set while no frames wait; files have the CPU then."""
         self.quiet.set()
         self._free = list(range(n_rows))[::-1]
+        self.n_apart = 0
+        """Open sessions with messages of their own."""
         self._ready: dict[Session, None] = {}  # a set that keeps the order of arrival
         self._state = enhancer.initial_state(n_rows)
         self._nothing_heard = enhancer.initial_state(1)
@@ -429,6 +431,7 @@ class Engine:
         session = Session(self, self._free[-1], options, on_answer)
         row = self._free.pop()
         self._room.left -= cost
+        self.n_apart += not options.shares_messages
         self._metrics.load.changed(self.active, self.capacity)
         self.aim(row, options.controls, at_once=True)
         self.forget(session)
@@ -439,6 +442,7 @@ class Engine:
         self._ready.pop(session, None)
         self._free.append(session.row)
         self._room.left += self._room.cost(session.options)
+        self.n_apart -= not session.options.shares_messages
         self._metrics.load.changed(self.active, self.capacity)
         self._rest()
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -25,7 +26,7 @@ from percepnet.report import count, machine, markdown
 from percepnet.resample import Resampler
 from service import pcm
 from service.engine import DEADLINE_SECONDS
-from service.loadwire import Connection, WireError, WireStream
+from service.loadwire import Connection, WireError
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 from service.settings import Address
 
@@ -40,7 +41,10 @@ PATIENCE_SECONDS = 2.0
 MOST_STREAMS, MOST_SECONDS = 500, 900
 """This is a measurement, no weapon."""
 
-_METHOD = "/" + pb.DESCRIPTOR.services_by_name["EnhancementService"].full_name + "/EnhanceStream"
+BUNDLE_SECONDS = 0.005
+"""How often a mixer sends what its speakers have said."""
+
+_SERVICE = "/" + pb.DESCRIPTOR.services_by_name["EnhancementService"].full_name
 
 
 class LoadError(PercepNetError):
@@ -56,6 +60,8 @@ class Plan:
     message_ms: int
     connections: int
     """That the streams share."""
+    multiplexed: bool = False
+    """All streams over one RPC, as a mixer has them."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +116,88 @@ class Process:
                 yield from self._family(int(child))
 
 
-class _Speaker:
-    """One live stream: its messages, and when they were answered."""
+_Take = Callable[[pb.EnhanceStreamResponse, float], None]
+"""What is done with an answer, and the time at which it was read."""
 
-    def __init__(self, connection: Connection, rate: int, messages: list[bytes], first: int) -> None:
+
+class _Rpc:
+    """One stream over an RPC of its own."""
+
+    def __init__(self, connection: Connection, take: _Take) -> None:
+        def read(message: bytes, now: float) -> None:
+            take(pb.EnhanceStreamResponse.FromString(message), now)
+
+        self._stream = connection.open(_SERVICE + "/EnhanceStream", read)
+        self.send = self._stream.send
+        self.close = self._stream.close
+
+    @property
+    def ended(self) -> bool:
+        """Whether the server ended it."""
+        return self._stream.ended
+
+
+class _Mixer:
+    """Many streams over one RPC."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._stream = connection.open(_SERVICE + "/EnhanceStreams", self._read)
+        self._bundle: list[pb.SessionRequest] = []
+        self._sessions: list[_Session] = []
+
+    def open(self, take: _Take) -> "_Session":
+        """A further stream."""
+        self._sessions.append(_Session(self, len(self._sessions), take))
+        return self._sessions[-1]
+
+    def add(self, number: int, message: bytes) -> bool:
+        """Let the next bundle bring a message of a stream."""
+        request = pb.EnhanceStreamRequest.FromString(message)
+        self._bundle.append(pb.SessionRequest(session_id=number, request=request))
+        return True
+
+    def send(self) -> bool:
+        """Send the bundle; False if too much waits already."""
+        bundle, self._bundle = self._bundle, []
+        return not bundle or self._stream.send(pb.EnhanceStreamsRequest(sessions=bundle).SerializeToString())
+
+    def _read(self, message: bytes, now: float) -> None:
+        for part in pb.EnhanceStreamsResponse.FromString(message).sessions:
+            session = self._sessions[part.session_id]
+            if part.HasField("ended"):
+                session.ended = True
+            else:
+                session.take(part.response, now)
+
+
+class _Session:
+    """A stream of a mixer."""
+
+    def __init__(self, mixer: _Mixer, number: int, take: _Take) -> None:
+        self.take = take
+        self.ended = False
+        self.send = partial(mixer.add, number)
+
+    def close(self) -> None:
+        """It ends with what was sent."""
+
+
+class _Speaker:
+    """One live stream: its messages, and when they were answered. open: begins it on the wire."""
+
+    def __init__(
+        self,
+        open: Callable[[_Take], _Rpc | _Session],
+        rate: int,
+        messages: list[bytes],
+        first: int,
+    ) -> None:
         self.started: pb.StreamStarted | None = None
         self.answered: list[float] = []
         self.flushed = False
         self._messages = messages
         self._next = first
-        self.stream: WireStream = connection.open(_METHOD, self._take)
+        self.stream = open(self._take)
         config = pb.StreamConfig(
             sample_rate_hz=rate,
             encoding=pb.ENCODING_S16LE,
@@ -142,8 +220,7 @@ class _Speaker:
         self.stream.send(pb.EnhanceStreamRequest(end=pb.End()).SerializeToString())
         self.stream.close()
 
-    def _take(self, message: bytes, now: float) -> None:
-        response = pb.EnhanceStreamResponse.FromString(message)
+    def _take(self, response: pb.EnhanceStreamResponse, now: float) -> None:
         if self.started is None:
             self.started = response.started
         elif response.audio.flushed:
@@ -172,7 +249,8 @@ def put_on(
     plan: Plan, address: tuple[str, int], messages: list[bytes], rate: int, server: Process | None
 ) -> Result:
     """Carry out a plan; raises LoadError, OSError."""
-    connections = [Connection(*address) for _ in range(min(plan.connections, plan.streams))]
+    n_connections = 1 if plan.multiplexed else min(plan.connections, plan.streams)
+    connections = [Connection(*address) for _ in range(n_connections)]
     try:
         return _put_on(plan, connections, messages, rate, server)
     except WireError as error:
@@ -199,12 +277,14 @@ def _put_on(
         for fd, _ in poll.poll(0):
             readers[fd]()
 
+    mixer = _Mixer(connections[0]) if plan.multiplexed else None
+    flush = mixer.send if mixer else bool
     speakers = []
     for i in range(plan.streams):
-        speaker = _Speaker(
-            connections[i % len(connections)], rate, messages, int(rng.integers(len(messages)))
-        )
+        open = mixer.open if mixer else partial(_Rpc, connections[i % len(connections)])
+        speaker = _Speaker(open, rate, messages, int(rng.integers(len(messages))))
         speakers.append(speaker)
+        flush()
         _until(speaker.heard, read)
         if speaker.stream.ended:
             raise LoadError(f"the server takes no more than {i} streams")
@@ -214,6 +294,8 @@ def _put_on(
     n_messages = n_warm + round(plan.seconds / period)
     # Callers are at any phase to each other, and keep it.
     phases = np.sort(rng.uniform(0, period, plan.streams))
+    if mixer:
+        phases = np.ceil(phases / BUNDLE_SECONDS) * BUNDLE_SECONDS
     started = time.monotonic() + 0.05
     due = started + period * np.arange(n_messages)[:, np.newaxis] + phases
     sent = np.full(due.shape, np.inf)
@@ -232,6 +314,8 @@ def _put_on(
             read(wait)
         if speakers[i % plan.streams].speak():
             sent_times[i] = time.monotonic()
+        if times[i + 1 : i + 2] != [when]:
+            flush()
         if not i % 8:
             read(0)
     lasted = time.monotonic() - begun
@@ -252,6 +336,7 @@ def _put_on(
                 f"the server ended {sum(s.stream.ended for s in speakers)} of {plan.streams} streams"
             )
         speaker.end()
+    flush()
     _until(lambda: all(speaker.flushed for speaker in speakers), read)
     lateness = (sent - due)[n_warm:]
     return Result(
@@ -368,6 +453,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="connections that the streams share (default: one each)",
     )
+    parser.add_argument(
+        "--multiplexed",
+        action="store_true",
+        help="all streams over one RPC, which brings what was said every 5 ms, as a mixer does",
+    )
     parser.add_argument("--audio", type=Path, default=EXAMPLE, metavar="FILE", help="the speech that is sent")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--target", metavar="HOST:PORT", help="a gRPC server that runs already")
@@ -393,7 +483,13 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"Without streams: {idle_share(server, 3):.1%} of a core.\n", flush=True)
 
         def measure(streams: int) -> Result:
-            plan = Plan(streams, arguments.seconds, arguments.message_ms, arguments.connections)
+            plan = Plan(
+                streams,
+                arguments.seconds,
+                arguments.message_ms,
+                arguments.connections,
+                arguments.multiplexed,
+            )
             return put_on(plan, address, messages, arguments.rate, server)
 
         if arguments.find:

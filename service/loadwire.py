@@ -1,8 +1,8 @@
 """As much of gRPC over HTTP/2 (RFC 9113) as a load generator needs, at a fiftieth of a core for 32 streams.
 
 A gRPC client costs as much CPU as the server under test. This one speaks to servers that are known: one core
-drives a hundred streams and still tells when each answer came. It keeps to flow control and sends what
-does not fit its window never, so that a late server does not slow the sender.
+drives a hundred streams and still tells when each answer came. It keeps to flow control: what does not fit
+the server's window waits here, so that a late server does not slow the sender.
 """
 
 import socket
@@ -20,6 +20,8 @@ _LARGEST_WINDOW = 2**31 - 1
 """What the server may send without asking again: minutes of a hundred streams."""
 
 _RECEIVE_BYTES = 1 << 18
+_FRAME_BYTES = 16_384  # that every server takes
+_MOST_WAITING_BYTES = 1 << 20
 
 
 class WireError(Exception):
@@ -38,21 +40,34 @@ class WireStream:
         self._connection = connection
         self._number = number
         self._rest = b""
+        self._waiting = bytearray()
+        self._closing = False
 
     def send(self, message: bytes) -> bool:
-        """Send a message; False if the server's window has no room for it."""
-        size = len(message) + 5
-        connection = self._connection
-        if self.window < size or connection.window < size:
+        """Send a message as soon as the server's windows let it; False if too much waits already."""
+        if len(self._waiting) > _MOST_WAITING_BYTES:
             return False
-        self.window -= size
-        connection.window -= size
-        connection.write(_frame(_DATA, 0, self._number, b"\0" + len(message).to_bytes(4) + message))
+        self._waiting += b"\0" + len(message).to_bytes(4) + message
+        self.push()
         return True
 
     def close(self) -> None:
         """Tell that no more messages come."""
-        self._connection.write(_frame(_DATA, _END_STREAM, self._number, b""))
+        self._closing = True
+        self.push()
+
+    def push(self) -> None:
+        """Send what waits, as far as the windows go."""
+        connection = self._connection
+        while self._waiting and (size := min(self.window, connection.window, _FRAME_BYTES)) > 0:
+            piece = bytes(self._waiting[:size])
+            del self._waiting[:size]
+            self.window -= len(piece)
+            connection.window -= len(piece)
+            connection.write(_frame(_DATA, 0, self._number, piece))
+        if self._closing and not self._waiting:
+            self._closing = False
+            connection.write(_frame(_DATA, _END_STREAM, self._number, b""))
 
     def feed(self, data: bytes, now: float) -> None:
         """Take a piece of the answers."""
@@ -137,19 +152,24 @@ class Connection:
         if stream is not None:  # a reset may follow the status
             stream.ended = True
 
+    def _push(self) -> None:
+        for stream in self._streams.values():
+            stream.push()
+
     def _control(self, kind: int, flags: int, number: int, body: bytes) -> None:
         if kind == _WINDOW_UPDATE:
-            if number:
-                if number in self._streams:
-                    self._streams[number].window += int.from_bytes(body)
-            else:
+            if not number:
                 self.window += int.from_bytes(body)
+            elif number in self._streams:
+                self._streams[number].window += int.from_bytes(body)
+            self._push()
         elif kind == _SETTINGS and not flags & _ACK:
             for name, value in struct.iter_unpack(">HI", body):
                 if name == _INITIAL_WINDOW_SIZE:
                     for stream in self._streams.values():
                         stream.window += value - self.initial_window
                     self.initial_window = value
+            self._push()
             self.write(_frame(_SETTINGS, _ACK, 0, b""))
         elif kind == _PING and not flags & _ACK:
             self.write(_frame(_PING, _ACK, 0, body))

@@ -44,7 +44,7 @@ class Multiplex:
         self._caller = caller
         self._wires: dict[int, _SessionWire] = {}
         self._ended: dict[int, None] = {}  # a set that keeps the order
-        self._outbox: deque[pb.SessionResponse] = deque()
+        self._outbox: deque[bytes] = deque()  # each one a message that would do alone
         self._there = asyncio.Event()  # there are answers, or nothing more will come
         self._room = asyncio.Event()  # answers may be added
         self._room.set()
@@ -154,10 +154,11 @@ class Multiplex:
         self._put(pb.SessionResponse(session_id=number, response=response))
 
     def _put(self, response: pb.SessionResponse) -> None:
-        self._waiting_bytes += response.ByteSize()
+        data = pb.EnhanceStreamsResponse(sessions=[response]).SerializeToString()
+        self._waiting_bytes += len(data)
         if self._waiting_bytes > MESSAGE_BYTES:
             self._room.clear()
-        self._outbox.append(response)
+        self._outbox.append(data)
         self._there.set()
 
     async def _write_answers(self) -> None:
@@ -165,13 +166,13 @@ class Multiplex:
         while self._outbox or not self._ending:
             await self._there.wait()
             while self._outbox:
-                message, size = pb.EnhanceStreamsResponse(), 0
+                responses, size = [], 0
                 while self._outbox and size < MESSAGE_BYTES:
-                    message.sessions.append(self._outbox.popleft())
-                    size += message.sessions[-1].ByteSize()
+                    responses.append(self._outbox.popleft())
+                    size += len(responses[-1])
                 self._writing = time.monotonic()
                 try:
-                    await self._context.write(message.SerializeToString())
+                    await self._context.write(b"".join(responses))  # protobuf: one message with them all
                 except Exception as error:  # gRPC's errors have no common base class
                     self.fail(ClientGoneError("the caller hung up"))
                     raise ClientGoneError("the caller hung up") from error

@@ -14,8 +14,9 @@ message. The rest of the 10 ms is for the pauses of a shared machine."""
 YIELD_SECONDS = 50e-6
 """A sleep that lets gRPC's threads, which wait while the loop is busy, bring what is there."""
 
-_TURNS = 3
-"""Of the loop, until what gRPC's threads have brought is with the engine: its reader, the stream's task."""
+_TURNS = 4
+"""Of the loop, until what gRPC's threads have brought is with the engine: its reader, the RPC's task, that of
+a session."""
 
 _LOOKS = 8
 """At what gRPC's threads bring, before a round at most."""
@@ -27,10 +28,10 @@ class Ticker:
     The rounds block the event loop on purpose: on one core a thread of their own would have to take turns
     with the transport all the same, for the core and for the interpreter. In each beat the loop takes what
     has come, enhances it in a round, and writes the answers; with several streams it then sleeps, so that it
-    wakes once for all the messages that come meanwhile. A frame that just misses a beat is answered by the
-    next one, so the time from beat to beat is what the work of a beat leaves of the aim. gRPC hands over one
-    message of a stream at a time: a beat that finds several frames of one looks again for more. There is no
-    sleep over frames that a round has left.
+    wakes once for all the messages that come meanwhile (if not all streams share theirs). A frame that just
+    misses a beat is answered by the next one, so the time from beat to beat is what the work of a beat leaves
+    of the aim. gRPC hands over one message of a stream at a time: a beat that finds several frames of one
+    looks again for more. There is no sleep over frames that a round has left.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Ticker:
         self._engine.run_round(self._clock())
         is_behind = self._engine.has_work
         await asyncio.sleep(0)  # the answers are written
-        if self._engine.active > 1:
+        if self._engine.n_apart > 1:
             busy = self._clock() - begun
             self._busy_seconds += 0.2 * (busy - self._busy_seconds)
             left = 0 if is_behind else AIM_SECONDS - self._busy_seconds - busy
@@ -77,7 +78,7 @@ class Ticker:
     async def _take(self) -> None:
         """Let the messages come that are there."""
         await self._turn()
-        for _ in range(_LOOKS if self._engine.active > 1 else 0):
+        for _ in range(_LOOKS if self._engine.n_apart > 1 else 0):
             n_frames = self._engine.queued_frames
             self._sleep(YIELD_SECONDS)
             await self._turn()

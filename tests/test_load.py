@@ -28,7 +28,7 @@ def server(random_model: Model) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def any_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow machine answers late; all that is sent fits HTTP/2's first window."""
+    """A slow machine answers late."""
     monkeypatch.setattr(load, "WARM_UP_SECONDS", 0.1)
     monkeypatch.setattr(load, "PATIENCE_SECONDS", TIMEOUT_SECONDS)
 
@@ -51,6 +51,20 @@ def test_every_message_of_every_stream_is_answered_and_counted(server, messages,
     assert (found.latency > 0).all()
     assert found.cores is not None
     assert found.cores > 0
+
+
+def test_the_streams_of_a_mixer_are_answered_and_counted_though_they_do_not_fit_a_window(server):
+    """A bundle is 77 kB, and so is its answer."""
+    messages = messages_of(bytes(2 * 48_000), 48_000, 200)
+    plan = Plan(streams=4, seconds=0.6, message_ms=200, connections=1, multiplexed=True)
+    found = put_on(plan, ("127.0.0.1", server.grpc.port), messages, 48_000, None)
+    assert found.latency.shape == (4 * 3,)
+    assert np.isfinite(found.latency).all()
+
+
+def test_a_mixer_is_told_of_more_streams_than_the_server_takes(server, messages):
+    with pytest.raises(LoadError, match="no more than 4 streams"):
+        put_on(Plan(5, 0.1, 10, 1, True), ("127.0.0.1", server.grpc.port), messages, RATE, None)
 
 
 def test_more_streams_than_the_server_takes_are_told(server, messages):

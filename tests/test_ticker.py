@@ -16,8 +16,8 @@ class Simulation:
     after the loop has slept since it took the last one.
     """
 
-    def __init__(self, messages: list[tuple[float, int]], active: int) -> None:
-        self.active = active
+    def __init__(self, messages: list[tuple[float, int]], n_apart: int) -> None:
+        self.n_apart = n_apart
         self.now = 0.0
         self.slept: list[tuple[float, int]] = []  # and how many frames waited
         self.latencies: list[float] = []
@@ -74,8 +74,8 @@ class Simulation:
         ticker.close()
 
 
-def simulated(messages: list[tuple[float, int]], active: int) -> Simulation:
-    simulation = Simulation(messages, active)
+def simulated(messages: list[tuple[float, int]], n_apart: int) -> Simulation:
+    simulation = Simulation(messages, n_apart)
     asyncio.run(simulation.run())
     return simulation
 
@@ -93,6 +93,12 @@ def test_a_lone_stream_does_not_wait() -> None:
     simulation = simulated([(0.01 * i, 0) for i in range(20)], 1)
     assert simulation.slept == []
     assert max(simulation.latencies) == pytest.approx(0.0011)
+
+
+def test_streams_that_share_their_messages_are_not_waited_for() -> None:
+    simulation = simulated([(0.01 * i, s) for i in range(20) for s in range(16)], 0)
+    assert simulation.slept == []
+    assert simulation.rounds == [16] * 20
 
 
 def test_what_has_piled_up_is_worked_off_without_a_pause() -> None:
