@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "output",
         type=str,
         metavar="OUT",
-        help="a file for one file; else a folder, where names stay (MP3 becomes .wav)",
+        help="for one file, a file or a folder with / at its end; for a folder, a pattern or several files, "
+        "another folder, made if need be, where names stay (MP3 becomes .wav)",
     )
     add_output_arguments(parser)
     add_model_argument(parser)
@@ -111,7 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
                 tqdm.write(f"{source} → {target}: {in_words(summary)}", file=sys.stdout)
             except (PercepNetError, OSError) as error:
                 n_failed += 1
-                tqdm.write(f"percepnet: {source}: {reason(error)}", file=sys.stderr)
+                told = reason(error).removeprefix(f"{source}: ")
+                tqdm.write(f"percepnet: {source}: {told}", file=sys.stderr)
     return EXIT_FAILED if n_failed else 0
 
 
@@ -188,6 +190,8 @@ def _sources(text: str, output: Path) -> Iterator[tuple[Path, Path]]:
     """The files that one IN stands for, each with its place below an output folder."""
     path = Path(text)
     if path.is_dir():
+        if path.resolve() == output.resolve():
+            raise ParameterError(f"{text} is both IN and OUT; choose another folder as OUT")
         below = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in READABLE_SUFFIXES and p.is_file())
         # An output folder inside the input folder keeps what an earlier run wrote.
         found = [p for p in below if not p.resolve().is_relative_to(output.resolve())]

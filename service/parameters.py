@@ -37,7 +37,9 @@ class Parameters(BaseModel):
         try:
             return cls.model_validate(dict(given))
         except ValidationError as error:
-            raise ParameterError("; ".join(_complaint(detail) for detail in error.errors())) from error
+            # That a text is not None either tells the caller nothing.
+            details = [detail for detail in error.errors() if detail["type"] != "none_required"]
+            raise ParameterError("; ".join(map(_complaint, details))) from error
 
     @property
     def controls(self) -> Controls:

@@ -96,6 +96,7 @@ def create_app(
         version=version("percepnet"),
         description=_DESCRIPTION,
         redoc_url=None,
+        redirect_slashes=False,  # a file would be sent twice, or not at all
         lifespan=lifespan,
         swagger_ui_parameters={"tryItOutEnabled": True, "defaultModelsExpandDepth": -1},
     )

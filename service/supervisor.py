@@ -79,7 +79,7 @@ class Supervisor:
             try:
                 self._open(held)
             except OSError as error:
-                logger.error("cannot listen, --http-listen and --grpc-listen choose: %s", error)
+                logger.error("cannot listen; --http-listen and --grpc-listen choose where: %s", error)
                 return 1
             for worker in self._workers:
                 self._start(worker)

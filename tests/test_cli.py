@@ -153,10 +153,11 @@ def test_controls_reach_the_enhancer(folder):
         (["a.wav", "b.wav", "out.wav"], 2, "need a folder as OUT"),
         (["none*.wav", "out"], 2, "nothing matches none*.wav"),
         (["empty", "out"], 2, "empty holds no audio files"),
+        (["deep", "./deep/"], 2, "deep is both IN and OUT; choose another folder"),
         (["a.wav", "deep/a.wav", "out"], 2, "a.wav and deep/a.wav would both be written to out/a.wav"),
         (["a.wav", "out.mp3"], 1, "suffix is '.mp3'"),
         (["a.wav", "out"], 1, "suffix is ''"),
-        (["none.wav", "out.wav"], 1, "none.wav: No such file or directory"),
+        (["none.wav", "out.wav"], 1, "percepnet: none.wav: No such file or directory"),
         (["a.wav", "out.wav", "--model", "none.onnx"], 1, "cannot read the model's manifest"),
     ],
 )

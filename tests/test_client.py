@@ -128,7 +128,9 @@ def test_a_long_push_goes_in_pieces(target: str, enhancer: Enhancer) -> None:
     np.testing.assert_array_equal(output[stream.delay_samples :], expected)
 
 
-@pytest.mark.parametrize("bad", [np.zeros((2, 80), np.float32), np.zeros(159, np.float32)])
+@pytest.mark.parametrize(
+    "bad", [np.zeros((2, 80), np.float32), np.zeros(159, np.float32), np.zeros(160, np.int16)]
+)
 def test_what_cannot_be_sent_is_told_at_once(target: str, bad: np.ndarray) -> None:
     with Client(target) as client, client.stream(RATE, message_samples=160) as stream:
         with pytest.raises(ParameterError, match="takes"):
@@ -142,6 +144,8 @@ def test_a_server_that_refuses_is_not_asked_again(target: str, multiplex: bool) 
     with Client(target, multiplex=multiplex) as client, pytest.raises(grpc.RpcError) as refused:
         client.stream(96_000)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    with Client(target) as client, pytest.raises(ParameterError, match="0 Hz; accepted are 8000 to 48000"):
+        client.stream(0)
     with pytest.raises(ParameterError, match="'nowhere'; accepted is HOST:PORT"):
         Client("nowhere")
 

@@ -305,7 +305,9 @@ def test_each_bad_file_has_its_declared_problem(service: Service, name: str, as_
 )
 def test_a_bad_parameter_is_named(service: Service, query: str, words: str) -> None:
     content = encoded(recording(0.1))
-    assert_problem(service.http.post(f"/enhance?{query}", content=content), 422, "bad_parameter", words)
+    response = service.http.post(f"/enhance?{query}", content=content)
+    assert_problem(response, 422, "bad_parameter", words)
+    assert "None" not in response.json()["detail"]
     given = httpx.QueryParams(query)
     fields = {name: given.get_list(name) for name in given}
     response = service.http.post("/enhance", files={"file": content}, data=fields)
@@ -394,6 +396,7 @@ def test_an_upload_that_stalls_is_given_up(random_model: Model) -> None:
 
 def test_an_unknown_path_or_method_is_a_problem_too(service: Service) -> None:
     assert_problem(service.http.get("/enhanced"), 404, "not_found")
+    assert_problem(service.http.post("/enhance/", content=b"x"), 404, "not_found")
     response = service.http.get("/enhance")
     assert_problem(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"

@@ -94,6 +94,8 @@ class Conversation:
         compensate_delay: bool = False,
         report: bool = False,
     ) -> None:
+        if sample_rate <= 0:
+            raise ParameterError(f"a sample rate of {sample_rate} Hz; accepted are 8000 to 48000")
         self.sample_rate = sample_rate
         self.started = pb.StreamStarted()
         """The server's description of the stream."""
@@ -211,6 +213,8 @@ class Conversation:
         step = self._config.message_samples
         if samples.ndim != 1:
             raise ParameterError(f"samples of shape {samples.shape}; a stream takes one channel, shape (n,)")
+        if samples.dtype.kind in "iu":
+            raise ParameterError(f"{samples.dtype} samples; a stream takes floats with full scale ±1")
         if step and len(samples) % step:
             raise ParameterError(f"{len(samples)} samples; this stream takes multiples of {step}")
         return samples.astype(pcm.F32LE).tobytes()
