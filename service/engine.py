@@ -409,11 +409,6 @@ class Engine:
         return sum(session.n_frames for session in self._ready)
 
     @property
-    def n_ready(self) -> int:
-        """Sessions of which frames wait."""
-        return len(self._ready)
-
-    @property
     def has_work(self) -> bool:
         """Whether frames wait."""
         return bool(self._ready)

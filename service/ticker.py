@@ -11,14 +11,15 @@ AIM_SECONDS = 0.0085
 for each stream falls steeply up to 8 of them, and to wake the process for a message costs as much as the
 message. The rest of the 10 ms is for the pauses of a shared machine."""
 
-YIELD_SECONDS = 50e-6
-"""A sleep that lets gRPC's threads, which wait while the loop is busy, bring what is there."""
+YIELD_SECONDS = 200e-6
+"""A sleep that lets gRPC's threads, which wait while the loop is busy, bring what is there: some 20 µs a
+message. With 50 µs they fell behind, and beats with all streams took turns with beats of one or two."""
 
 _TURNS = 4
 """Of the loop, until what gRPC's threads have brought is with the engine: its reader, the RPC's task, that of
 a session."""
 
-_LOOKS = 8
+_LOOKS = 4
 """At what gRPC's threads bring, before a round at most."""
 
 
@@ -30,8 +31,8 @@ class Ticker:
     has come, enhances it in a round, and writes the answers; with several streams it then sleeps, so that it
     wakes once for all the messages that come meanwhile (if not all streams share theirs). A frame that just
     misses a beat is answered by the next one, so the time from beat to beat is what the work of a beat leaves
-    of the aim. gRPC hands over one message of a stream at a time: a beat that finds several frames of one
-    looks again for more. There is no sleep over frames that a round has left.
+    of the aim. gRPC's threads, and messages behind the first of a stream, need the loop to rest a while: a
+    beat looks again until no more come. There is no sleep over frames that a round has left.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Ticker:
             n_frames = self._engine.queued_frames
             self._sleep(YIELD_SECONDS)
             await self._turn()
-            if not n_frames < self._engine.queued_frames > self._engine.n_ready:
+            if self._engine.queued_frames == n_frames:
                 break
 
     async def _turn(self) -> None:

@@ -34,10 +34,6 @@ class Simulation:
     def queued_frames(self) -> int:
         return len(self._waiting)
 
-    @property
-    def n_ready(self) -> int:
-        return len({stream for _, stream in self._waiting})
-
     def run_round(self, now: float) -> None:
         assert now == self.now
         taken = {stream: came for came, stream in reversed(self._waiting)}  # the oldest of each
