@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Sequence
+from statistics import median
 
 import numpy as np
 
@@ -11,23 +12,26 @@ from percepnet.enhancer import Enhancer
 from service.engine import DEADLINE_SECONDS, Engine, Options, Room
 from service.metrics import Metrics
 from service.pcm import S16LE
+from service.ticker import AIM_SECONDS
 
 USABLE = 0.75
-"""Share of a frame's 10 ms that may be planned for; the rest is for the pauses of a shared machine."""
+"""Share of the time that may be planned for; the rest is for the pauses of a shared machine."""
 
-ROUNDS_WAITED = 2
-"""A frame that comes as a round of the engine begins waits for that round and for its own."""
+BEAT_SECONDS = 0.6e-3
+"""What a beat of the ticker takes besides its round and messages: turns of the loop, and rests for gRPC."""
 
-TRANSPORT_SECONDS = 120e-6
-"""CPU time of a message and its answer, which cannot be measured without callers. In a process with 17 to 20
-streams gRPC and all around it took 114 to 123 µs on the machine this was written on (EPYC, 2.6 GHz)."""
+TRANSPORT_SECONDS = 85e-6
+"""CPU time of a message and its answer, gRPC's and all around it; not to be measured without callers."""
 
-SHARED_TRANSPORT_SECONDS = 20e-6
+SHARED_TRANSPORT_SECONDS = 30e-6
 """The same for a session's part of a message that many share: to parse it, and to write its answer."""
 
 _BATCHES = (8, 24)
-_ROUNDS = 30
-"""Of each batch, in turn, so that a moment when other work has the machine hits both; the quickest counts."""
+_ROUNDS = 12
+"""Of each batch, in turn, so that a moment when other work has the machine hits both."""
+
+_PAUSE_SECONDS = 0.004
+"""Between rounds, as between beats: meanwhile the caches forget, and rounds take up to twice as long."""
 
 
 def measure(enhancer: Enhancer, share: float = 1.0) -> Room:
@@ -37,12 +41,11 @@ def measure(enhancer: Enhancer, share: float = 1.0) -> Room:
     """
     few, many = _round_seconds(enhancer, _BATCHES)
     each = max(1e-6, (many - few) / (_BATCHES[1] - _BATCHES[0]))
-    fixed = max(0.0, few - each * _BATCHES[0])
-    stream = ROUNDS_WAITED * each
-    seconds = USABLE * min(share, 1.0) * DEADLINE_SECONDS - ROUNDS_WAITED * fixed
-    # Sessions that share their messages come together, so that none waits for another one's round.
-    sharing = each + SHARED_TRANSPORT_SECONDS
-    return Room(max(seconds, stream + TRANSPORT_SECONDS), stream, TRANSPORT_SECONDS, sharing)
+    beat = BEAT_SECONDS + max(0.0, few - each * _BATCHES[0])
+    # A frame that just misses a beat waits for it and for its own: two beats fill the ticker's aim.
+    seconds = USABLE * min(share, 1.0) * DEADLINE_SECONDS * max(0.0, 1 - 2 * beat / AIM_SECONDS)
+    stream = each + TRANSPORT_SECONDS
+    return Room(max(seconds, stream), each, TRANSPORT_SECONDS, each + SHARED_TRANSPORT_SECONDS)
 
 
 def _round_seconds(enhancer: Enhancer, batches: Sequence[int]) -> list[float]:
@@ -51,7 +54,7 @@ def _round_seconds(enhancer: Enhancer, batches: Sequence[int]) -> list[float]:
     gc.disable()  # a collection would count for one round what a hundred share
     rounds = [[engine.round_seconds() for engine in engines] for _ in range(_ROUNDS)]
     gc.enable()
-    return [min(seconds) for seconds in zip(*rounds, strict=True)]
+    return [median(seconds) for seconds in zip(*rounds, strict=True)]
 
 
 class _Speaking:
@@ -65,6 +68,7 @@ class _Speaking:
 
     def round_seconds(self) -> float:
         """Bring every stream one frame further; returns the CPU time that it took."""
+        time.sleep(_PAUSE_SECONDS)
         started = time.thread_time()
         for session, frame in zip(self._sessions, self._frames, strict=True):
             session.push(frame, 0.0)
