@@ -12,10 +12,12 @@ from percepnet.enhancer import Enhancer
 from service.engine import DEADLINE_SECONDS, Engine, Options, Room
 from service.metrics import Metrics
 from service.pcm import S16LE
-from service.ticker import AIM_SECONDS
 
 USABLE = 0.75
 """Share of the time that may be planned for; the rest is for the pauses of a shared machine."""
+
+TWO_BEATS_SECONDS = 0.0085
+"""Of the 10 ms: a frame that just misses a beat of the ticker waits for it and for its own."""
 
 BEAT_SECONDS = 0.6e-3
 """What a beat of the ticker takes besides its round and messages: turns of the loop, and rests for gRPC."""
@@ -42,8 +44,7 @@ def measure(enhancer: Enhancer, share: float = 1.0) -> Room:
     few, many = _round_seconds(enhancer, _BATCHES)
     each = max(1e-6, (many - few) / (_BATCHES[1] - _BATCHES[0]))
     beat = BEAT_SECONDS + max(0.0, few - each * _BATCHES[0])
-    # A frame that just misses a beat waits for it and for its own: two beats fill the ticker's aim.
-    seconds = USABLE * min(share, 1.0) * DEADLINE_SECONDS * max(0.0, 1 - 2 * beat / AIM_SECONDS)
+    seconds = USABLE * min(share, 1.0) * DEADLINE_SECONDS * max(0.0, 1 - 2 * beat / TWO_BEATS_SECONDS)
     stream = each + TRANSPORT_SECONDS
     return Room(max(seconds, stream), each, TRANSPORT_SECONDS, each + SHARED_TRANSPORT_SECONDS)
 

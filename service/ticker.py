@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from service.engine import Engine
 
-AIM_SECONDS = 0.0085
+AIM_SECONDS = 0.007
 """In what time a frame should be answered: what is left of it, the loop waits for more frames. A round's cost
 for each stream falls steeply up to 8 of them, and to wake the process for a message costs as much as the
 message. The rest of the 10 ms is for the pauses of a shared machine."""
@@ -79,7 +79,7 @@ class Ticker:
     async def _take(self) -> None:
         """Let the messages come that are there."""
         await self._turn()
-        for _ in range(_LOOKS if self._engine.n_apart > 1 else 0):
+        for _ in range(_LOOKS if self._engine.active > 1 else 0):
             n_frames = self._engine.queued_frames
             self._sleep(YIELD_SECONDS)
             await self._turn()
