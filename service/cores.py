@@ -62,6 +62,12 @@ def go_first() -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
+def stand_back() -> None:
+    """Let this thread have the core only while no other one wants it."""
+    if hasattr(os, "sched_setscheduler"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 def _cgroup_folders(root: Path) -> list[Path]:
     """Where the limits of this process may stand: its cgroup of both versions, and those around it."""
     try:

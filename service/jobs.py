@@ -72,7 +72,7 @@ class FileJobs:
         self.limit = limit
         self._board = board or Board()
         self._turns = Turns(workers)
-        self._threads = ThreadPoolExecutor(limit, "file", initializer=cores.share_calmly)
+        self._threads = ThreadPoolExecutor(limit, "file", initializer=cores.stand_back)
 
     @property
     def accepted(self) -> int:

@@ -1,6 +1,7 @@
 """Files in turn: nobody waits for a long file to end, and work that nobody wants stops."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 
@@ -115,3 +116,16 @@ def test_places_are_limited_and_given_back() -> None:
         assert jobs.accepted == 1
     assert jobs.accepted == 0
     asyncio.run(jobs.close())
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the system has no such threads")
+def test_files_have_the_core_only_while_nobody_else_wants_it() -> None:
+    async def policy() -> int:
+        jobs = FileJobs(1, 1)
+        with jobs.place():
+            found = await jobs.run(lambda _: os.sched_getscheduler(0))
+        await jobs.close()
+        return found
+
+    assert asyncio.run(policy()) == os.SCHED_IDLE
+    assert os.sched_getscheduler(0) != os.SCHED_IDLE
