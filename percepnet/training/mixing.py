@@ -33,7 +33,7 @@ class MixingConfig:
     level_std_db: float = 7.0
     level_range_db: tuple[float, float] = (-45.0, -8.0)
     clean_share: float = 0.06  # nothing added at all: the target is the input
-    absent_share: float = 0.04  # nobody speaks: the target is silence
+    absent_share: float = 0.12  # nobody speaks: the target is silence
     late_share: float = 0.2  # speech starts within the first 60 % of the segment, not before it
     full_band_share: float = 0.5  # speech recorded with at least 16 kHz of bandwidth
     # Recordings whose pauses are louder than this against the speech would teach to keep noise.
@@ -61,6 +61,8 @@ class MixingConfig:
     noise_in_room_share: float = 0.5  # noises heard through the talker's simulated room
     early_ms: float = 30.0  # of the room's response, after the direct sound, that the target keeps
     band_limit_share: float = 0.2
+    # Most recordings of speech end at 8 kHz: without such noise, that alone would be taken for speech.
+    absent_band_limit_share: float = 0.7
     microphone_share: float = 0.5  # low stationary noise of the microphone itself
     microphone_range_db: tuple[float, float] = (-95.0, -60.0)  # below full scale
     offset_share: float = 0.03  # a constant offset, as of a bad sound card
@@ -184,7 +186,7 @@ class Mixer:
             if clipped:
                 limit = np.abs(noisy).max() * rng.uniform(*config.clip_range)
                 noisy = np.clip(noisy, -limit, limit)
-        if rng.random() < config.band_limit_share:
+        if rng.random() < (config.absent_band_limit_share if absent else config.band_limit_share):
             low, high = _draw_band(rng)
             noisy, clean = _band_limited(noisy, low, high), clean if pure else _band_limited(clean, low, high)
             bandwidth = min(bandwidth, high)
