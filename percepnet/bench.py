@@ -151,8 +151,6 @@ def reference(
     start = comb.REACH + WINDOW - HOP + LOOKAHEAD_FRAMES * HOP
     heard = np.concatenate([np.zeros(start), samples.astype(np.float64)])
     output = np.zeros(len(samples) + HOP)
-    voice = (bands.band_centres_hz() >= 200) & (bands.band_centres_hz() <= 8000)
-    activity = 0.0
     for frame, lag in enumerate(period):
         here = comb.REACH + frame * HOP
         orders = [k for k in range(-COMB_ORDER, COMB_ORDER + 1) if -k * lag <= comb.LOOKAHEAD]
@@ -162,9 +160,9 @@ def reference(
         noisy = np.fft.rfft(window * heard[here : here + WINDOW])
         mixed = noisy + (strengths[frame] @ weights) * (combed - noisy)
         energy, mixed_energy = weights @ np.abs(noisy) ** 2, weights @ np.abs(mixed) ** 2
-        activity = max(gains[frame][voice].max(), 0.97 * activity)
-        share = min(activity / 0.25, 1) ** 3
-        gain = np.maximum(gains[frame] * max(share, 0.08), 0.08 * share)
+        warped = gains[frame] * np.sqrt(np.sin(np.pi / 2 * gains[frame]))
+        ratio = (gains[frame] ** 2 @ energy + 1e-20) / (warped**2 @ energy + 1e-20)
+        gain = warped * np.sqrt(1.02 * ratio / (1 + 0.02 * ratio**2))
         gain *= np.sqrt((energy + 1e-12) / (mixed_energy + 1e-12))
         output[frame * HOP : frame * HOP + WINDOW] += window * np.fft.irfft(mixed * (gain @ weights))
     return output[: len(samples)]

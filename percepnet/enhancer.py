@@ -1,6 +1,6 @@
 """The block diagram: samples in, enhanced samples out, 30 ms later, for many streams at once."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from percepnet.bands import band_centres_hz
 from percepnet.constants import HOP, LATENCY_SAMPLES, SAMPLE_RATE
 from percepnet.features import normalize
 from percepnet.model import Model
-from percepnet.synthesis import Controls, FrameControls, SynthesisState, synthesize
+from percepnet.synthesis import Controls, FrameControls, synthesize
 
 
 @dataclass
@@ -19,7 +19,8 @@ class EnhancerState:
 
     analysis: AnalysisState
     network: dict[str, np.ndarray]
-    synthesis: SynthesisState
+    overlap: np.ndarray
+    """Second half of the last synthesis window, float32 (streams, 480)."""
 
 
 _CENTRES_HZ = band_centres_hz()
@@ -70,7 +71,7 @@ class Enhancer:
         return EnhancerState(
             AnalysisState.initial(n_streams),
             self.model.initial_state(n_streams),
-            SynthesisState.initial(n_streams),
+            np.zeros((n_streams, HOP), np.float32),
         )
 
     def process(
@@ -92,9 +93,9 @@ class Enhancer:
         analysis, analysis_state = analyze(samples, state.analysis)
         network_input = normalize(analysis.features, manifest.feature_mean, manifest.feature_scale)
         gains, strengths, network_state = self.model.step(network_input, state.network)
-        enhanced, synthesis_state = synthesize(analysis, gains, strengths, state.synthesis, controls)
+        enhanced, overlap = synthesize(analysis, gains, strengths, state.overlap, controls)
         findings = Findings(analysis.energy, gains, analysis.period, analysis.correlation)
-        return enhanced, findings, EnhancerState(analysis_state, network_state, synthesis_state)
+        return enhanced, findings, EnhancerState(analysis_state, network_state, overlap)
 
     def bypass(self, samples: np.ndarray, state: EnhancerState) -> tuple[np.ndarray, EnhancerState]:
         """Pass whole frames of every stream on as they came, at a fraction of the cost of enhancing them.
@@ -106,5 +107,5 @@ class Enhancer:
         heard, analysis_state = follow(samples, state.analysis)
         n_samples = samples.shape[1]
         start = heard.shape[1] - n_samples - LATENCY_SAMPLES
-        passed, overlap = stft.passed(heard[:, start : start + n_samples + HOP], state.synthesis.overlap)
-        return passed, EnhancerState(analysis_state, state.network, replace(state.synthesis, overlap=overlap))
+        passed, overlap = stft.passed(heard[:, start : start + n_samples + HOP], state.overlap)
+        return passed, EnhancerState(analysis_state, state.network, overlap)

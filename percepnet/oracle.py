@@ -17,7 +17,7 @@ from percepnet.audio import AudioWriter, Encoding
 from percepnet.bands import band_energy, power
 from percepnet.constants import HOP, LATENCY_SAMPLES, N_BANDS, SAMPLE_RATE, WINDOW
 from percepnet.report import Pair, count, each, make_folder, markdown, need, pairs, read_together
-from percepnet.synthesis import Controls, SynthesisState, synthesize
+from percepnet.synthesis import Controls, synthesize
 from percepnet.targets import band_gains, clean_spectra, ideal
 
 RUNGS = {
@@ -47,13 +47,13 @@ def climb(clean: np.ndarray, noisy: np.ndarray) -> dict[str, np.ndarray]:
     no_comb = np.zeros_like(plain_gains)
     magnitudes = np.minimum(1, np.abs(spectrum) / (np.abs(analysis.noisy) + _TINY))
 
-    start = SynthesisState.initial(1)
-    plain, postfiltered = Controls(postfilter=False), Controls(postfilter=True)
+    silence = np.zeros((1, HOP), np.float32)
+    plain, sharpened = Controls(postfilter=False), Controls(postfilter=True)
     outputs = {
-        "magnitude": stft.inverse(analysis.noisy * magnitudes, start.overlap),
-        "gains": synthesize(analysis, plain_gains, no_comb, start, plain),
-        "comb": synthesize(analysis, targets.gains, targets.strengths, start, plain),
-        "postfilter": synthesize(analysis, targets.gains, targets.strengths, start, postfiltered),
+        "magnitude": stft.inverse(analysis.noisy * magnitudes, silence),
+        "gains": synthesize(analysis, plain_gains, no_comb, silence, plain),
+        "comb": synthesize(analysis, targets.gains, targets.strengths, silence, plain),
+        "postfilter": synthesize(analysis, targets.gains, targets.strengths, silence, sharpened),
     }
     end = LATENCY_SAMPLES + len(noisy)
     return {"noisy": noisy} | {rung: late[0, LATENCY_SAMPLES:end] for rung, (late, _) in outputs.items()}

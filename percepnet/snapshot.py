@@ -14,7 +14,7 @@ import numpy as np
 
 from percepnet.errors import SnapshotError
 
-FORMAT = "percepnet-snapshot-2"
+FORMAT = "percepnet-snapshot-1"
 """Names what the arrays mean; to be changed whenever the signal path keeps another memory."""
 
 Arrays = dict[str, np.ndarray]

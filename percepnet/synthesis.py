@@ -8,7 +8,6 @@ import numpy as np
 from percepnet import postfilter, stft
 from percepnet.analysis import Analysis
 from percepnet.bands import band_energy, to_bins
-from percepnet.constants import HOP
 from percepnet.errors import ParameterError
 
 
@@ -18,7 +17,7 @@ class Controls:
 
     attenuation_limit_db: noise is lowered by at most this much (≥ 0); None for no limit.
     mix: 0 gives the input (delayed), 1 the enhanced signal.
-    postfilter: quieter pauses, and no holes in speech; less residual noise.
+    postfilter: sharpen the gains; less residual noise.
     Raises ParameterError for a number out of range.
     """
 
@@ -60,43 +59,27 @@ class FrameControls:
         )
 
 
-@dataclass
-class SynthesisState:
-    """Memory of the synthesis, one row per stream."""
-
-    overlap: np.ndarray
-    """Second half of the last window, float32 (streams, 480)."""
-    activity: np.ndarray
-    """How much the last frame was part of speech, for the postfilter; float32 (streams,)."""
-
-    @classmethod
-    def initial(cls, n_streams: int) -> "SynthesisState":
-        return cls(np.zeros((n_streams, HOP), np.float32), np.zeros(n_streams, np.float32))
-
-
 def synthesize(
     analysis: Analysis,
     gains: np.ndarray,
     strengths: np.ndarray,
-    state: SynthesisState,
+    overlap: np.ndarray,
     controls: Controls | FrameControls,
-) -> tuple[np.ndarray, SynthesisState]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Comb-mix, gain, postfilter, and back to samples.
 
-    gains, strengths: (streams, frames, 34) float32 in [0, 1]. Returns the samples (streams, frames·480)
-    float32, one hop late, and the new state.
+    gains, strengths: (streams, frames, 34) float32 in [0, 1]; overlap: (streams, 480). Returns the samples
+    (streams, frames·480) float32, one hop late, and the new overlap.
     """
     if isinstance(controls, Controls):
         controls = FrameControls.constant(controls)
     mixed = analysis.comb - analysis.noisy
     mixed *= to_bins(strengths)
     mixed += analysis.noisy
-    activities, activity = postfilter.track(gains, state.activity)
     if controls.sharpening.any():
-        gains = _blend(gains, postfilter.shape(gains, activities), controls.sharpening)
+        gains = _blend(gains, postfilter.sharpen(gains, analysis.energy), controls.sharpening)
     mixed *= to_bins(gains * restoration(analysis.energy, band_energy(mixed)))
-    samples, overlap = stft.inverse(_blend(analysis.noisy, mixed, controls.wet), state.overlap)
-    return samples, SynthesisState(overlap, activity)
+    return stft.inverse(_blend(analysis.noisy, mixed, controls.wet), overlap)
 
 
 def _blend(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ class Parameters(BaseModel):
         allow_inf_nan=False,
         description="Share of the enhanced signal: 0 is the input, 1 all enhanced.",
     )
-    postfilter: bool = Field(True, description="Quieter pauses, no holes in speech.")
+    postfilter: bool = Field(True, description="Remove more of the residual noise.")
 
     @classmethod
     def parse(cls, given: list[tuple[str, str]]) -> Self:

@@ -223,19 +223,14 @@ def mix(noisy: np.ndarray, comb: np.ndarray, strengths: np.ndarray) -> tuple[np.
     return mixed, np.sqrt((band_energy(noisy) + 1e-12) / (band_energy(mixed) + 1e-12))
 
 
-def speech_activity(gains: np.ndarray) -> list[float]:
-    """a(t) = max(largest gain from 200 Hz to 8 kHz, 0.97 a(t-1)) for the gains of all frames (frames, 34)."""
-    activities = [0.0]
-    for frame in gains:
-        voice = [g for g, centre in zip(frame, band_centres_hz(), strict=True) if 200 <= centre <= 8000]
-        activities.append(max(*voice, 0.97 * activities[-1]))
-    return activities[1:]
-
-
-def postfilter(gains: np.ndarray, activity: float) -> np.ndarray:
-    """s = min(1, a / 0.25)³: max(s g, 0.08 g, 0.08 s)."""
-    share = min(1.0, activity / 0.25) ** 3
-    return np.array([max(share * g, 0.08 * g, 0.08 * share) for g in gains])
+def postfilter(gains: np.ndarray, energy: np.ndarray) -> np.ndarray:
+    """g_w = g √sin(πg/2), G = √[(1 + β) ρ / (1 + β ρ²)], ρ = E0 / E1."""
+    beta = 0.02
+    warped = [g * np.sqrt(np.sin(np.pi * g / 2)) for g in gains]
+    e0 = sum(g**2 * e for g, e in zip(gains, energy, strict=True))
+    e1 = sum(g**2 * e for g, e in zip(warped, energy, strict=True))
+    rho = (e0 + 1e-20) / (e1 + 1e-20)
+    return np.array(warped) * np.sqrt((1 + beta) * rho / (1 + beta * rho**2))
 
 
 def synthesize(
@@ -243,10 +238,9 @@ def synthesize(
 ) -> np.ndarray:
     """Enhanced samples of a whole signal, one hop late."""
     samples = np.zeros((len(gains) + 1) * HOP)
-    activities = speech_activity(gains)
     for frame, (g, r) in enumerate(zip(gains, strengths, strict=True)):
         mixed, restoration = mix(frames.noisy[frame], frames.comb[frame], r)
-        g = postfilter(g, activities[frame]) if sharpen else g
+        g = postfilter(g, frames.energy[frame]) if sharpen else g
         start = frame * HOP
         samples[start : start + WINDOW] += inverse(to_bins(g * restoration) * mixed)
     return samples[: len(gains) * HOP]

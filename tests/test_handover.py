@@ -308,7 +308,7 @@ def test_forged_and_foreign_states_are_refused(
             (forger, state, CONFIG, "not signed with a key of this service"),
             (good, foreign, CONFIG, "another model"),
             (good, state, config, "another config"),
-            (good, state.replace(b"snapshot-2", b"snapshot-0", 1), CONFIG, "format"),
+            (good, state.replace(b"snapshot-1", b"snapshot-0", 1), CONFIG, "format"),
             (good, b"", CONFIG, "format"),
         ):
             stream = call(servers[0], chosen)

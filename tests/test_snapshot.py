@@ -65,20 +65,17 @@ def test_other_models_versions_and_streams_are_refused(
         Stream.restore(saved, enhancer=other)
     arrays = snapshot.unpack(saved, enhancer.model.manifest.sha256)
     for change, message in (
-        ({"path.synthesis.overlap": None}, "without path.synthesis.overlap"),
-        (
-            {"path.synthesis.overlap": np.zeros((1, 481), np.float32)},
-            r"path.synthesis.overlap is float32 \(1, 481\)",
-        ),
-        ({"path.synthesis.overlap": np.zeros((1, 480))}, "path.synthesis.overlap is float64"),
+        ({"path.overlap": None}, "without path.overlap"),
+        ({"path.overlap": np.zeros((1, 481), np.float32)}, r"path.overlap is float32 \(1, 481\)"),
+        ({"path.overlap": np.zeros((1, 480))}, "path.overlap is float64"),
         ({"adapter.to_48k.buffer": np.zeros((2, 9), np.float32)}, r"accepted is float32 \(1, any\)"),
         ({"more": np.zeros(1)}, "unknown arrays: more"),
     ):
         changed = {name: array for name, array in (arrays | change).items() if array is not None}
         with pytest.raises(SnapshotError, match=message):
             Stream.restore(snapshot.pack(changed, enhancer.model.manifest.sha256), enhancer=enhancer)
-    monkeypatch.setattr(snapshot, "FORMAT", "percepnet-snapshot-3")
-    with pytest.raises(SnapshotError, match="not a snapshot of the format percepnet-snapshot-3"):
+    monkeypatch.setattr(snapshot, "FORMAT", "percepnet-snapshot-2")
+    with pytest.raises(SnapshotError, match="not a snapshot of the format percepnet-snapshot-2"):
         Stream.restore(saved, enhancer=enhancer)
 
 
@@ -91,7 +88,7 @@ def test_arrays_come_back_as_they_were() -> None:
         np.testing.assert_array_equal(found[name], array)
 
 
-HEADER = b'{"format":"percepnet-snapshot-2","model":"%s","arrays":' % MODEL.encode()
+HEADER = b'{"format":"percepnet-snapshot-1","model":"%s","arrays":' % MODEL.encode()
 
 
 @pytest.mark.parametrize(
