@@ -160,7 +160,7 @@ def reference(
         noisy = np.fft.rfft(window * heard[here : here + WINDOW])
         mixed = noisy + (strengths[frame] @ weights) * (combed - noisy)
         energy, mixed_energy = weights @ np.abs(noisy) ** 2, weights @ np.abs(mixed) ** 2
-        warped = gains[frame] * np.sqrt(np.sin(np.pi / 2 * gains[frame]))
+        warped = gains[frame] * np.cbrt(np.sin(np.pi / 2 * gains[frame]))
         ratio = (gains[frame] ** 2 @ energy + 1e-20) / (warped**2 @ energy + 1e-20)
         gain = warped * np.sqrt(1.02 * ratio / (1 + 0.02 * ratio**2))
         gain *= np.sqrt((energy + 1e-12) / (mixed_energy + 1e-12))

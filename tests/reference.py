@@ -226,7 +226,7 @@ def mix(noisy: np.ndarray, comb: np.ndarray, strengths: np.ndarray) -> tuple[np.
 def postfilter(gains: np.ndarray, energy: np.ndarray) -> np.ndarray:
     """g_w = g √sin(πg/2), G = √[(1 + β) ρ / (1 + β ρ²)], ρ = E0 / E1."""
     beta = 0.02
-    warped = [g * np.sqrt(np.sin(np.pi * g / 2)) for g in gains]
+    warped = [g * np.cbrt(np.sin(np.pi * g / 2)) for g in gains]
     e0 = sum(g**2 * e for g, e in zip(gains, energy, strict=True))
     e1 = sum(g**2 * e for g, e in zip(warped, energy, strict=True))
     rho = (e0 + 1e-20) / (e1 + 1e-20)
