@@ -33,7 +33,7 @@ class MixingConfig:
     level_std_db: float = 7.0
     level_range_db: tuple[float, float] = (-45.0, -8.0)
     clean_share: float = 0.06  # nothing added at all: the target is the input
-    absent_share: float = 0.12  # nobody speaks: the target is silence
+    absent_share: float = 0.08  # nobody speaks: the target is silence
     late_share: float = 0.2  # speech starts within the first 60 % of the segment, not before it
     full_band_share: float = 0.5  # speech recorded with at least 16 kHz of bandwidth
     # Recordings whose pauses are louder than this against the speech would teach to keep noise.
@@ -412,7 +412,7 @@ def _draw_band(rng: np.random.Generator) -> tuple[float, float]:
     """Lowest and highest frequency in Hz that a caller's equipment lets through."""
     if rng.random() < 0.7:
         rate = rng.choice([8_000, 16_000, 24_000, 32_000], p=[0.3, 0.4, 0.2, 0.1])
-        high = rate / 2 * rng.uniform(0.88, 0.98)
+        high = rate / 2 * rng.uniform(0.88, 1.0)
         # Telephone sets cut the lows too.
         low = rng.uniform(150, 300) if rate == 8_000 and rng.random() < 0.4 else 0.0
         return low, float(high)
