@@ -31,8 +31,8 @@ RAMP_FRAMES = 5
 """Frames, 50 ms, over which a parameter goes from one end of its range to the other."""
 
 ROUND_FRAMES = 16
-"""Frames of a round, all sessions together, unless more sessions are ready: one that sends faster than it
-speaks must not keep the others waiting."""
+"""Frames of a round, all sessions together, but up to two of each that is ready (what a message of 20 ms
+holds): one that sends faster than it speaks must not keep the others waiting."""
 
 DEADLINE_SECONDS = HOP / SAMPLE_RATE
 """A frame should be answered before the next one is there."""

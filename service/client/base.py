@@ -1,6 +1,7 @@
 """What the two clients have in common: all that does not wait."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -75,7 +76,7 @@ class BaseStream(Generic[Connection]):
         return self._attempts
 
 
-class BaseClient(Generic[Channel, Stream]):
+class BaseClient(ABC, Generic[Channel, Stream]):
     """Streams and clips at the servers behind one name.
 
     target: HOST:PORT; the streams spread over all addresses that the name has. tls: files for TLS; None
@@ -142,5 +143,6 @@ class BaseClient(Generic[Channel, Stream]):
                 trunk.start()
             return session
 
+    @abstractmethod
     def _begin(self, talk: Conversation, timeout_seconds: float | None) -> Stream:
-        raise NotImplementedError
+        """Open the stream that a conversation is held over."""

@@ -80,11 +80,11 @@ def copy(step: Copy, root: Path, roots: dict[str, Path]) -> None:
 def run(step: Run, stage: Stage, root: Path) -> None:
     """Take a RUN step, with this machine's network and its configuration of pip."""
     own = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
-    quiet = {"HOME": "/root", "PATH": "/usr/local/bin:/usr/bin:/bin", "PIP_QUIET": "1"}
+    quiet = {"HOME": "/home", "PATH": "/usr/local/bin:/usr/bin:/bin", "PIP_QUIET": "1"}
     mounts = ["--bind", str(root), "/", *system(root)]
     # Where pip may be told to look for packages, and who tells it.
     for path in (*Path("/opt").iterdir(), Path.home() / ".config" / "pip"):
-        target = Path("/opt", path.name) if path.parent == Path("/opt") else Path("/root/.config/pip")
+        target = Path("/opt", path.name) if path.parent == Path("/opt") else Path("/home/.config/pip")
         mount_point = root / target.relative_to("/")
         if path.is_dir() and not (mount_point.exists() and any(mount_point.iterdir())):
             mounts += ["--ro-bind", str(path), str(target)]
