@@ -47,10 +47,11 @@ class FrameAdapter:
         self._rest = np.zeros((n_streams, 0), np.float32)
 
     def to_frames(self, samples: np.ndarray) -> np.ndarray:
-        """Turn (streams, n) float32 at the callers' rate into whole frames, (streams, frames·480)."""
+        """Turn (streams, n) float32 at the callers' rate into whole frames, (streams, frames·480): a view or not."""
         if self._to_48k is not None:
             samples = self._to_48k.push(samples)
-        samples = np.concatenate([self._rest, samples], axis=1)
+        if self._rest.size:
+            samples = np.concatenate([self._rest, samples], axis=1)
         whole = samples.shape[1] // HOP * HOP
         self._rest = samples[:, whole:].copy()
         return samples[:, :whole]

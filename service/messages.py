@@ -135,7 +135,11 @@ def response(answer: Answer, session: Session, draining: bool) -> pb.EnhanceStre
     if answer.controls is not None:
         updated = pb.ParametersUpdated(parameters=_parameters(answer.controls), position=answer.position)
         return pb.EnhanceStreamResponse(parameters=updated)
-    audio = pb.EnhancedAudio(audio=answer.audio, position=answer.position, flushed=answer.flushed)
+    response = pb.EnhanceStreamResponse()
+    audio = response.audio  # filled in place: a part given to the constructor is copied
+    audio.audio = answer.audio
+    audio.position = answer.position
+    audio.flushed = answer.flushed
     if answer.report is not None:
         audio.report.speech_probability = answer.report.speech_probability
         audio.report.pitch_hz = answer.report.pitch_hz
@@ -144,7 +148,7 @@ def response(answer: Answer, session: Session, draining: bool) -> pb.EnhanceStre
         audio.queued_samples = session.queued_samples
     audio.draining = draining
     audio.dry = answer.dry
-    return pb.EnhanceStreamResponse(audio=audio)
+    return response
 
 
 def _parameters(chosen: Controls) -> pb.Parameters:
