@@ -8,6 +8,8 @@ from torch import Tensor
 
 from percepnet.bands import BIN_HZ, band_weights
 from percepnet.training.dataset import LOSS_BINS
+from percepnet.training.pesq import BEST, WidebandPesq
+from percepnet.training.wideband import Wideband
 
 _TINY = 1e-12
 
@@ -22,6 +24,9 @@ _ACTIVE = 1e-4
 
 _AUDIBLE = 1e-3
 """…and with at least this energy, about 30 dB below the mean of an active target."""
+
+_SPOKEN_SHARE = 0.1
+"""Of such frames, for an example to have a quality."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class LossConfig:
     """Weight of the strength loss of [P] equation 14."""
     intelligibility: float = 0.0
     """Weight of the correlation that is missing between enhanced and clean envelopes (ESTOI)."""
+    beyond: float = 0.0
+    """Weight of what lies above an example's bandwidth, where its recording is silent and its talker wasn't."""
+    pesq: float = 0.0
+    """Weight of the points that PESQ-WB misses."""
 
 
 def _bin_weights() -> Tensor:
@@ -81,6 +90,8 @@ class SpectralLoss(torch.nn.Module):
         self.register_buffer("_bin_weights", _bin_weights())
         self.register_buffer("_third_octaves", third_octaves())
         self.register_buffer("_frequency_hz", torch.from_numpy(LOSS_BINS * BIN_HZ).float())
+        self._wideband = Wideband()
+        self._pesq = WidebandPesq()
 
     def enhance(self, noisy: Tensor, comb: Tensor, gains: Tensor, strengths: Tensor) -> Tensor:
         """The differentiable twin of `percepnet.synthesis.synthesize` up to the spectrum, without postfilter.
@@ -113,14 +124,23 @@ class SpectralLoss(torch.nn.Module):
         weights = active * (active.sum(-1, keepdim=True) > length / 2)
         return 1 - (correlation * weights).sum() / weights.sum().clamp(min=1)
 
+    def missing_quality(self, enhanced: Tensor, clean: Tensor) -> Tensor:
+        """Points of PESQ-WB below the best, a mean over the examples in which somebody speaks."""
+        power = clean.square().sum((-1, -2))
+        spoken = (power > _AUDIBLE).float().mean(1) > _SPOKEN_SHARE
+        if not spoken.any():
+            return torch.zeros((), device=clean.device)
+        pairs = (self._wideband(spectra[spoken]) for spectra in (clean, enhanced))
+        return BEST - self._pesq(*pairs).mean()
+
     def forward(
         self, gains: Tensor, strengths: Tensor, batch: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
-        """Mean loss of a batch and its terms. Bins above an example's bandwidth don't count."""
+        """Mean loss of a batch and its terms."""
         config = self.config
         clean = batch["clean"]
         enhanced = self.enhance(batch["noisy"], batch["comb"], gains, strengths)
-        known = self._frequency_hz <= batch["bandwidth_hz"][:, None]
+        known = torch.where(self._frequency_hz <= batch["bandwidth_hz"][:, None], 1, config.beyond)
         weights = (known * self._bin_weights)[:, None]
         weights = weights / (weights.sum() * gains.shape[1])
 
@@ -137,7 +157,7 @@ class SpectralLoss(torch.nn.Module):
         clean_compressed = clean * (clean_loudness / clean_power.sqrt())[..., None]
         phase = ((compressed - clean_compressed).square().sum(-1) * weights).sum()
 
-        band_known = (known.float() @ self._bands.T > 0.5 * self._bands.sum(-1))[:, None]
+        band_known = ((known @ self._bands.T) / self._bands.sum(-1))[:, None]
         root_error = (gains + 1e-4).sqrt() - batch["gains"].sqrt()
         gain_error = root_error.square() + 10 * root_error.square().square()
         gain = (gain_error * band_known).mean()
@@ -147,5 +167,7 @@ class SpectralLoss(torch.nn.Module):
         terms = {"magnitude": magnitude, "phase": phase, "gains": gain, "strengths": strength}
         if config.intelligibility:
             terms["intelligibility"] = self.missing_correlation(enhanced, clean)
+        if config.pesq:
+            terms["pesq"] = self.missing_quality(enhanced, clean)
         total = sum((getattr(config, name) * value for name, value in terms.items()), torch.zeros(()))
         return total, {name: float(value.detach()) for name, value in terms.items()}

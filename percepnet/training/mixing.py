@@ -33,7 +33,7 @@ class MixingConfig:
     level_std_db: float = 7.0
     level_range_db: tuple[float, float] = (-45.0, -8.0)
     clean_share: float = 0.06  # nothing added at all: the target is the input
-    absent_share: float = 0.08  # nobody speaks: the target is silence
+    absent_share: float = 0.1  # nobody speaks: the target is silence
     late_share: float = 0.2  # speech starts within the first 60 % of the segment, not before it
     full_band_share: float = 0.5  # speech recorded with at least 16 kHz of bandwidth
     # Recordings whose pauses are louder than this against the speech would teach to keep noise.
@@ -46,7 +46,8 @@ class MixingConfig:
     colour_share: float = 0.6  # random equalization, of speech and of each noise
     noises: tuple[float, ...] = (0.55, 0.3, 0.15)  # probabilities of 1, 2, 3 noises at once
     noise_spread_db: float = 10.0  # further noises are up to this much weaker than the first
-    synthetic_share: float = 0.13  # of noises
+    synthetic_share: float = 0.13  # of noises…
+    absent_synthetic_share: float = 0.4  # …and where nobody speaks
     babble_share: float = 0.08  # of noises
     babble_talkers: tuple[int, int] = (3, 8)
     babble_snr_min_db: float = 0.0  # below it nobody can tell who is meant
@@ -55,7 +56,7 @@ class MixingConfig:
     noise_speed_range: float = 0.4  # as a fraction of the speed
     noise_reverse_share: float = 0.2
     switch_share: float = 0.15  # noises that come or go within the segment
-    reverb_share: float = 0.35
+    reverb_share: float = 0.45
     simulated_room_share: float = 0.75
     clarity_min_db: float = -5.0  # early against late energy; below it lies a church's far end
     noise_in_room_share: float = 0.5  # noises heard through the talker's simulated room
@@ -174,7 +175,7 @@ class Mixer:
         noises: tuple[str, ...] = ()
         clipped = False
         if not pure:
-            noise, noises = self._noise_mixture(rng, n, room)
+            noise, noises = self._noise_mixture(rng, n, room, absent=absent)
             if "babble" in noises:
                 snr_db = max(snr_db, config.babble_snr_min_db)
             noisy = speech + noise * np.float32(10 ** ((level_db - snr_db) / 20))
@@ -243,18 +244,19 @@ class Mixer:
         return passage, bandwidth
 
     def _noise_mixture(
-        self, rng: np.random.Generator, n: int, room: "_DrawnRoom | None"
+        self, rng: np.random.Generator, n: int, room: "_DrawnRoom | None", *, absent: bool
     ) -> tuple[np.ndarray, tuple[str, ...]]:
         """One to three noises with an active level of one together, and their kinds."""
         config = self.config
         total = np.zeros(n, dtype=np.float32)
         kinds = []
+        synthetic = config.absent_synthetic_share if absent else config.synthetic_share
         count = 1 + int(np.searchsorted(np.cumsum(config.noises), rng.random() * sum(config.noises)))
         for source in range(count):
             draw = rng.random()
-            if draw < config.synthetic_share:
+            if draw < synthetic:
                 kind, noise = _synthetic(rng, n)
-            elif draw < config.synthetic_share + config.babble_share:
+            elif draw < synthetic + config.babble_share:
                 kind, noise = "babble", self._babble(rng, n)
             else:
                 kind, noise = self._recorded(rng, n)
@@ -412,7 +414,7 @@ def _draw_band(rng: np.random.Generator) -> tuple[float, float]:
     """Lowest and highest frequency in Hz that a caller's equipment lets through."""
     if rng.random() < 0.7:
         rate = rng.choice([8_000, 16_000, 24_000, 32_000], p=[0.3, 0.4, 0.2, 0.1])
-        high = rate / 2 * rng.uniform(0.88, 1.0)
+        high = rate / 2 * rng.uniform(0.88, 1.1)  # converting a rate leaves some of the mirror image
         # Telephone sets cut the lows too.
         low = rng.uniform(150, 300) if rate == 8_000 and rng.random() < 0.4 else 0.0
         return low, float(high)

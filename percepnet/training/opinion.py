@@ -15,21 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from percepnet.errors import ParameterError
-
-_HOP = 160
-_WINDOW = 2 * _HOP  # at 16 kHz: the same 20 ms, and bins 50 Hz apart, as in the signal path
-_ALL_BINS = 81  # the loss looks at all up to 4 kHz,
-_EVEN_BINS = 40  # and at every second one from there to 8 kHz
+from percepnet.training.wideband import HOP, WINDOW, Wideband
 
 _LEVEL = 17.6
 """Takes a shard's spectra, whose target has a root-mean-square bin of 0.1, to speech of -26 dBFS."""
 
 _LEVELS_DB = (-6.0, 6.0)
 """Around it, the levels at which the examples of a batch are judged."""
-
-_LONGEST = 1000
-"""Frames of an example at most."""
-
 
 class OpinionPredictor(nn.Module):
     """Scores on the scale of the predictor's own outputs, about 1 (bad) to 5 (excellent)."""
@@ -42,10 +34,7 @@ class OpinionPredictor(nn.Module):
         except (OSError, ValueError, RuntimeError, DecodeError) as error:
             raise ParameterError(f"{path} is not DNSMOS's sig_bak_ovr.onnx: {error}") from error
         self.requires_grad_(False)
-        phase = torch.arange(0.5, _WINDOW) / _WINDOW * torch.pi
-        self.register_buffer("_window", torch.sin(torch.pi / 2 * torch.sin(phase) ** 2))
-        phases = torch.rand(_LONGEST, _EVEN_BINS, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("_noise", torch.exp(2j * torch.pi * phases))
+        self._wideband = Wideband()
 
     def _load(self, graph: onnx.GraphProto) -> None:
         weights = {i.name: torch.from_numpy(numpy_helper.to_array(i).copy()) for i in graph.initializer}
@@ -71,26 +60,12 @@ class OpinionPredictor(nn.Module):
 
     def forward(self, spectra: Tensor) -> Tensor:
         """Quality of signal, background and overall, (batch, 3), of spectra (batch, frames, 181, 2)."""
-        return self.judge(self.samples(spectra))
-
-    def samples(self, spectra: Tensor) -> Tensor:
-        """Samples at 16 kHz, (batch, (frames - 1)·160), of spectra as the loss sees them.
-
-        A bin that the loss leaves out becomes noise as loud as its neighbours, which there is what speech is.
-        """
-        bins = torch.view_as_complex(spectra.contiguous())
-        below, even = (bins[..., first : first + _EVEN_BINS] for first in (_ALL_BINS - 1, _ALL_BINS))
-        level = ((below.abs().square() + even.abs().square()) / 2 + 1e-12).sqrt()
-        pairs = torch.stack([level * self._noise[: bins.shape[1]], even], -1)
-        spectrum = torch.cat([bins[..., :_ALL_BINS], pairs.flatten(-2)], -1) / 3  # a third of the samples
-        frames = torch.fft.irfft(spectrum, _WINDOW) * self._window
-        samples = (frames[:, 1:, :_HOP] + frames[:, :-1, _HOP:]).flatten(1)
         levels_db = torch.linspace(*_LEVELS_DB, len(spectra), device=spectra.device)
-        return samples * (_LEVEL * 10 ** (levels_db[:, None] / 20))
+        return self.judge(self._wideband(spectra) * (_LEVEL * 10 ** (levels_db[:, None] / 20)))
 
     def judge(self, samples: Tensor) -> Tensor:
         """Quality of signal, background and overall, (batch, 3), of samples (batch, n) at 16 kHz."""
-        frames = samples.unfold(-1, _WINDOW, _HOP)
+        frames = samples.unfold(-1, WINDOW, HOP)
         power = sum((frames @ kernel.T).square() for kernel in self._fourier)
         x = power.clamp(min=1e-12).log10()[:, None]
         with torch.autocast(x.device.type, torch.bfloat16):
