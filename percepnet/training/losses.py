@@ -47,7 +47,7 @@ class LossConfig:
     intelligibility: float = 0.0
     """Weight of the correlation that is missing between enhanced and clean envelopes (ESTOI)."""
     beyond: float = 0.0
-    """Weight of what lies above an example's bandwidth, where its recording is silent and its talker wasn't."""
+    """Weight of what lies above an example's bandwidth: its recording is silent there, its talker wasn't."""
     pesq: float = 0.0
     """Weight of the points that PESQ-WB misses."""
 

@@ -32,7 +32,7 @@ class MixingConfig:
     level_mean_db: float = -24.0
     level_std_db: float = 7.0
     level_range_db: tuple[float, float] = (-45.0, -8.0)
-    clean_share: float = 0.06  # nothing added at all: the target is the input
+    clean_share: float = 0.1  # nothing added at all: the target is the input
     absent_share: float = 0.1  # nobody speaks: the target is silence
     late_share: float = 0.2  # speech starts within the first 60 % of the segment, not before it
     full_band_share: float = 0.5  # speech recorded with at least 16 kHz of bandwidth

@@ -23,6 +23,7 @@ _LEVEL = 17.6
 _LEVELS_DB = (-6.0, 6.0)
 """Around it, the levels at which the examples of a batch are judged."""
 
+
 class OpinionPredictor(nn.Module):
     """Scores on the scale of the predictor's own outputs, about 1 (bad) to 5 (excellent)."""
 
