@@ -19,6 +19,7 @@ from percepnet.enhancer import Enhancer
 from percepnet.model import Model
 from percepnet.report import count, machine, markdown
 from percepnet.stream import enhance_file
+from percepnet.synthesis import Controls
 
 STREAMS = (1, 4, 8, 16, 32, 64)
 
@@ -141,7 +142,7 @@ def file_seconds(engine: Enhancer, seconds: float) -> float:
 def reference(
     samples: np.ndarray, period: np.ndarray, gains: np.ndarray, strengths: np.ndarray
 ) -> np.ndarray:
-    """The signal path around the network in plain float64, for decisions taken elsewhere.
+    """The signal path around the network in plain float64, at the default limit, for given decisions.
 
     samples: (n,), whole frames; period: (frames,); gains, strengths: (frames, 34), as the network gives them
     two frames late. Returns the enhanced samples (n,), `LATENCY_SAMPLES` late.
@@ -151,6 +152,7 @@ def reference(
     start = comb.REACH + WINDOW - HOP + LOOKAHEAD_FRAMES * HOP
     heard = np.concatenate([np.zeros(start), samples.astype(np.float64)])
     output = np.zeros(len(samples) + HOP)
+    floor = 10 ** (-Controls.attenuation_limit_db / 20)
     for frame, lag in enumerate(period):
         here = comb.REACH + frame * HOP
         orders = [k for k in range(-COMB_ORDER, COMB_ORDER + 1) if -k * lag <= comb.LOOKAHEAD]
@@ -164,7 +166,8 @@ def reference(
         ratio = (gains[frame] ** 2 @ energy + 1e-20) / (warped**2 @ energy + 1e-20)
         gain = warped * np.sqrt(1.02 * ratio / (1 + 0.02 * ratio**2))
         gain *= np.sqrt((energy + 1e-12) / (mixed_energy + 1e-12))
-        output[frame * HOP : frame * HOP + WINDOW] += window * np.fft.irfft(mixed * (gain @ weights))
+        spectrum = floor * noisy + (1 - floor) * (gain @ weights) * mixed
+        output[frame * HOP : frame * HOP + WINDOW] += window * np.fft.irfft(spectrum)
     return output[: len(samples)]
 
 

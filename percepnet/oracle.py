@@ -17,7 +17,7 @@ from percepnet.audio import AudioWriter, Encoding
 from percepnet.bands import band_energy, power
 from percepnet.constants import HOP, LATENCY_SAMPLES, N_BANDS, SAMPLE_RATE, WINDOW
 from percepnet.report import Pair, count, each, make_folder, markdown, need, pairs, read_together
-from percepnet.synthesis import Controls, synthesize
+from percepnet.synthesis import MAX_ATTENUATION_LIMIT_DB, Controls, synthesize
 from percepnet.targets import band_gains, clean_spectra, ideal
 
 RUNGS = {
@@ -48,7 +48,7 @@ def climb(clean: np.ndarray, noisy: np.ndarray) -> dict[str, np.ndarray]:
     magnitudes = np.minimum(1, np.abs(spectrum) / (np.abs(analysis.noisy) + _TINY))
 
     silence = np.zeros((1, HOP), np.float32)
-    plain, sharpened = Controls(postfilter=False), Controls(postfilter=True)
+    plain, sharpened = (Controls(MAX_ATTENUATION_LIMIT_DB, postfilter=strength) for strength in (0, 1))
     outputs = {
         "magnitude": stft.inverse(analysis.noisy * magnitudes, silence),
         "gains": synthesize(analysis, plain_gains, no_comb, silence, plain),

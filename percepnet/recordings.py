@@ -16,7 +16,7 @@ from percepnet.enhancer import Enhancer
 from percepnet.errors import ParameterError, PercepNetError, reason
 from percepnet.model import Model
 from percepnet.stream import Summary, enhance_file
-from percepnet.synthesis import Controls
+from percepnet.synthesis import MAX_ATTENUATION_LIMIT_DB, Controls
 
 EXIT_FAILED = 1
 EXIT_TERMINATED = 143
@@ -60,13 +60,24 @@ def add_control_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attenuation-limit-db",
         type=float,
+        default=Controls.attenuation_limit_db,
         metavar="DB",
-        help="lower noise by at most this much (default: no limit)",
+        help=f"lower noise by at most this much, 0 to {MAX_ATTENUATION_LIMIT_DB:g} dB, which is as good as "
+        "no limit (default: %(default)g)",
     )
     parser.add_argument(
-        "--mix", type=float, default=1.0, help="0 gives the input, 1 the enhanced signal (default: 1)"
+        "--mix",
+        type=float,
+        default=Controls.mix,
+        help="0 gives the input, 1 the enhanced signal (default: %(default)g)",
     )
-    parser.add_argument("--no-postfilter", action="store_true", help="keep more residual noise")
+    parser.add_argument(
+        "--postfilter",
+        type=float,
+        default=Controls.postfilter,
+        metavar="STRENGTH",
+        help="0 keeps more residual noise, 1 sharpens the gains in full (default: %(default)g)",
+    )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +94,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def controls_of(arguments: argparse.Namespace) -> Controls:
     """The controls chosen on the command line."""
-    return Controls(arguments.attenuation_limit_db, arguments.mix, not arguments.no_postfilter)
+    return Controls(arguments.attenuation_limit_db, arguments.mix, arguments.postfilter)
 
 
 def check_target(source: Path, target: Path, arguments: argparse.Namespace) -> None:

@@ -10,33 +10,34 @@ from percepnet.analysis import Analysis
 from percepnet.bands import band_energy, to_bins
 from percepnet.errors import ParameterError
 
+MAX_ATTENUATION_LIMIT_DB = 100.0
+"""Leaves of noise at full scale less than 16-bit samples can hold."""
+
 
 @dataclass(frozen=True)
 class Controls:
     """What a caller may choose.
 
-    attenuation_limit_db: noise is lowered by at most this much (≥ 0); None for no limit.
+    attenuation_limit_db: noise is lowered by at most this much, 0 to 100 dB; 100 dB is as good as no limit.
     mix: 0 gives the input (delayed), 1 the enhanced signal.
-    postfilter: sharpen the gains; less residual noise.
+    postfilter: how far the gains are sharpened, 0 (off) to 1 (full): less residual noise.
     Raises ParameterError for a number out of range.
     """
 
-    attenuation_limit_db: float | None = None
+    attenuation_limit_db: float = 24.0
     mix: float = 1.0
-    postfilter: bool = True
+    postfilter: float = 1.0
 
     def __post_init__(self) -> None:
-        limit = self.attenuation_limit_db
-        if limit is not None and not limit >= 0:
-            raise ParameterError(f"an attenuation limit of {limit} dB; accepted are 0 dB and more, or None")
-        if not 0 <= self.mix <= 1:
-            raise ParameterError(f"a mix of {self.mix}; accepted are 0 (input) to 1 (enhanced)")
+        for name, most in (("attenuation_limit_db", MAX_ATTENUATION_LIMIT_DB), ("mix", 1), ("postfilter", 1)):
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                raise ParameterError(f"{name}: {value:g}; accepted are 0 to {most:g}")
 
     @property
     def wet(self) -> float:
         """Share of the enhanced spectrum in the output; the rest is the input."""
-        limit = self.attenuation_limit_db
-        return self.mix if limit is None else self.mix * (1 - 10 ** (-limit / 20))
+        return self.mix * (1 - 10 ** (-self.attenuation_limit_db / 20))
 
 
 @dataclass(frozen=True)

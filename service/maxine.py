@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from percepnet.errors import ParameterError
 from percepnet.stream import Summary
-from percepnet.synthesis import Controls
+from percepnet.synthesis import MAX_ATTENUATION_LIMIT_DB, Controls
 from service import messages, pcm
 from service.callers import Caller
 from service.errors import (
@@ -119,7 +119,7 @@ class _Talk:
 
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
         self._context = context
-        self.controls = Controls()
+        self.controls = _controls(1.0)
         """What the configs so far ask for."""
 
     async def read(self) -> bnr.EnhanceAudioRequest | None:
@@ -135,7 +135,7 @@ class _Talk:
             ratio = request.config.intensity_ratio if request.config.HasField("intensity_ratio") else 1.0
             if not 0 <= ratio <= 1:
                 raise ParameterError(f"config.intensity_ratio: {ratio:g}; accepted are 0 to 1")
-            self.controls = Controls(mix=ratio)
+            self.controls = _controls(ratio)
         return request
 
     async def audio(self) -> bytes | None:
@@ -212,7 +212,12 @@ class _LiveWire:
         )
 
     def _parameters(self) -> pb.Parameters:
-        return pb.Parameters(mix=self._talk.controls.mix)
+        return messages.parameters(self._talk.controls)
+
+
+def _controls(ratio: float) -> Controls:
+    """An intensity ratio as controls: a share of all that can be removed, whatever the default limit."""
+    return Controls(MAX_ATTENUATION_LIMIT_DB, mix=ratio)
 
 
 async def _within(seconds: float, work: Awaitable[_Result], error: Exception) -> _Result:

@@ -1,6 +1,5 @@
 """The messages of live streams and clips: what a caller's must be, and what the service's say."""
 
-import math
 from typing import TypeVar
 
 import numpy as np
@@ -74,14 +73,19 @@ def encoding(number: pb.Encoding, field: str) -> np.dtype:
 
 def controls(parameters: pb.Parameters, field: str) -> Controls:
     """Parameters with their defaults filled in; raises ParameterError."""
-    has = parameters.HasField
-    limit = parameters.attenuation_limit_db if has("attenuation_limit_db") else None
-    mix = parameters.mix if has("mix") else 1.0
-    if limit is not None and not 0 <= limit < math.inf:
-        raise ParameterError(f"{field}.attenuation_limit_db: {limit:g}; accepted are 0 and more")
-    if not 0 <= mix <= 1:
-        raise ParameterError(f"{field}.mix: {mix:g}; accepted are 0 to 1")
-    return Controls(limit, mix, parameters.postfilter if has("postfilter") else True)
+    try:
+        return Controls(**{chosen.name: value for chosen, value in parameters.ListFields()})
+    except ParameterError as error:
+        raise ParameterError(f"{field}.{error}") from error
+
+
+def parameters(controls: Controls) -> pb.Parameters:
+    """All parameters in force, as a message."""
+    return pb.Parameters(
+        attenuation_limit_db=controls.attenuation_limit_db,
+        mix=controls.mix,
+        postfilter=controls.postfilter,
+    )
 
 
 def samples(data: bytes, kind: np.dtype, longest: int) -> np.ndarray:
@@ -103,7 +107,7 @@ def started(
     config = pb.StreamConfig(
         sample_rate_hz=chosen.sample_rate,
         encoding=next(name for name, kind in _ENCODINGS.items() if kind == chosen.encoding),
-        parameters=_parameters(chosen.controls),
+        parameters=parameters(chosen.controls),
         message_samples=chosen.message_samples,
         compensate_delay=chosen.compensate_delay,
         report=chosen.report,
@@ -133,7 +137,7 @@ def resumed(session: Session) -> pb.EnhanceStreamResponse:
 def response(answer: Answer, session: Session, draining: bool) -> pb.EnhanceStreamResponse:
     """Answers audio, a flush, the end or new parameters."""
     if answer.controls is not None:
-        updated = pb.ParametersUpdated(parameters=_parameters(answer.controls), position=answer.position)
+        updated = pb.ParametersUpdated(parameters=parameters(answer.controls), position=answer.position)
         return pb.EnhanceStreamResponse(parameters=updated)
     response = pb.EnhanceStreamResponse()
     audio = response.audio  # filled in place: a part given to the constructor is copied
@@ -149,9 +153,3 @@ def response(answer: Answer, session: Session, draining: bool) -> pb.EnhanceStre
     audio.draining = draining
     audio.dry = answer.dry
     return response
-
-
-def _parameters(chosen: Controls) -> pb.Parameters:
-    return pb.Parameters(
-        attenuation_limit_db=chosen.attenuation_limit_db, mix=chosen.mix, postfilter=chosen.postfilter
-    )

@@ -1,12 +1,11 @@
 """What a caller may choose for one file."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.json_schema import SkipJsonSchema
 
 from percepnet.errors import ParameterError
-from percepnet.synthesis import Controls
+from percepnet.synthesis import MAX_ATTENUATION_LIMIT_DB, Controls
 
 
 class Parameters(BaseModel):
@@ -15,17 +14,27 @@ class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["wav", "flac", "ogg", "opus"] = Field("wav", description="Format of the enhanced file.")
-    attenuation_limit_db: Annotated[float, Field(ge=0, allow_inf_nan=False)] | SkipJsonSchema[None] = Field(
-        None, description="Lower the noise by at most this many dB; no limit by default."
+    attenuation_limit_db: float = Field(
+        Controls.attenuation_limit_db,
+        ge=0,
+        le=MAX_ATTENUATION_LIMIT_DB,
+        allow_inf_nan=False,
+        description="Lower the noise by at most this many dB; the maximum is as good as no limit.",
     )
     mix: float = Field(
-        1.0,
+        Controls.mix,
         ge=0,
         le=1,
         allow_inf_nan=False,
         description="Share of the enhanced signal: 0 is the input, 1 all enhanced.",
     )
-    postfilter: bool = Field(True, description="Remove more of the residual noise.")
+    postfilter: float = Field(
+        Controls.postfilter,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Strength of the postfilter, which lowers residual noise: 0 is off, 1 full.",
+    )
 
     @classmethod
     def parse(cls, given: list[tuple[str, str]]) -> Self:
@@ -37,9 +46,7 @@ class Parameters(BaseModel):
         try:
             return cls.model_validate(dict(given))
         except ValidationError as error:
-            # That a text is not None either tells the caller nothing.
-            details = [detail for detail in error.errors() if detail["type"] != "none_required"]
-            raise ParameterError("; ".join(map(_complaint, details))) from error
+            raise ParameterError("; ".join(map(_complaint, error.errors()))) from error
 
     @property
     def controls(self) -> Controls:

@@ -234,15 +234,22 @@ def postfilter(gains: np.ndarray, energy: np.ndarray) -> np.ndarray:
 
 
 def synthesize(
-    frames: Frames, gains: np.ndarray, strengths: np.ndarray, *, sharpen: bool = True
+    frames: Frames,
+    gains: np.ndarray,
+    strengths: np.ndarray,
+    *,
+    sharpening: float = 1,
+    limit_db: float = 100,
 ) -> np.ndarray:
     """Enhanced samples of a whole signal, one hop late."""
+    floor = 10 ** (-limit_db / 20)
     samples = np.zeros((len(gains) + 1) * HOP)
     for frame, (g, r) in enumerate(zip(gains, strengths, strict=True)):
         mixed, restoration = mix(frames.noisy[frame], frames.comb[frame], r)
-        g = postfilter(g, frames.energy[frame]) if sharpen else g
+        g = g + sharpening * (postfilter(g, frames.energy[frame]) - g)
         start = frame * HOP
-        samples[start : start + WINDOW] += inverse(to_bins(g * restoration) * mixed)
+        enhanced = to_bins(g * restoration) * mixed
+        samples[start : start + WINDOW] += inverse(floor * frames.noisy[frame] + (1 - floor) * enhanced)
     return samples[: len(gains) * HOP]
 
 

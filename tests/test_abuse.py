@@ -88,7 +88,7 @@ parameters = st.builds(
     pb.Parameters,
     attenuation_limit_db=st.none() | floats,
     mix=st.none() | floats,
-    postfilter=st.none() | st.booleans(),
+    postfilter=st.none() | floats,
 )
 configs = st.builds(
     pb.StreamConfig,

@@ -12,7 +12,7 @@ from scipy import signal
 from percepnet.analysis import AnalysisState, analyze
 from percepnet.constants import HOP, SAMPLE_RATE
 from percepnet.stream import enhance
-from percepnet.synthesis import Controls
+from percepnet.synthesis import MAX_ATTENUATION_LIMIT_DB, Controls
 
 SECOND = SAMPLE_RATE
 PASSAGE = SECOND // 20
@@ -85,8 +85,8 @@ def hum(mains_hz: float, n_samples: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("level_dbfs", [-20, -40])
-def test_noise_alone_is_lowered_by_20_db_after_a_second(level_dbfs):
-    """White and pink noise, rumble, the hum of both mains, and hum in noise."""
+def test_noise_alone_is_lowered_by_20_db_after_a_second_but_stays_audible(level_dbfs):
+    """White and pink noise, rumble, the hum of both mains, and hum in noise: as far as the default limit."""
     n_samples = 4 * SECOND
     pink = signals.pink_noise(n_samples)
     rumble = signal.lfilter(*signal.butter(1, 100, fs=SAMPLE_RATE), signals.white_noise(n_samples, seed=1))
@@ -96,7 +96,21 @@ def test_noise_alone_is_lowered_by_20_db_after_a_second(level_dbfs):
     enhanced = enhance(noise, SAMPLE_RATE)
     for second in range(1, 4):
         passage = slice(second * SECOND, (second + 1) * SECOND)
-        assert (level_db(noise[passage]) - level_db(enhanced[passage])).min() > 20
+        lowered_db = level_db(noise[passage]) - level_db(enhanced[passage])
+        assert 20 < lowered_db.min() <= lowered_db.max() < Controls.attenuation_limit_db + 0.5
+
+
+def test_noise_falls_further_where_the_limit_is_higher():
+    """White and pink noise: by about each limit, and at 100 dB by all that the model can."""
+    noise = np.stack([signals.white_noise(2 * SECOND), signals.pink_noise(2 * SECOND)], axis=1)
+    passage = slice(SECOND, None)
+    lowered_db = [
+        level_db(noise[passage]) - level_db(enhance(noise, SAMPLE_RATE, controls=Controls(limit))[passage])
+        for limit in (12, Controls.attenuation_limit_db, MAX_ATTENUATION_LIMIT_DB)
+    ]
+    assert (np.abs(lowered_db[0] - 12) < 1).all()
+    assert (np.abs(lowered_db[1] - Controls.attenuation_limit_db) < 3).all()
+    assert (lowered_db[2] > Controls.attenuation_limit_db + 6).all()
 
 
 @pytest.mark.parametrize("level_dbfs", [-20, -35])

@@ -132,7 +132,7 @@ def test_controls_reach_the_enhancer(folder):
     """All dry gives the input back; the others differ from each other, with a model that knows noise."""
     soundfile.write("a.wav", 0.1 * np.random.default_rng(0).standard_normal(44_100), 44_100)
     results = []
-    for options in (["--mix", "0"], [], ["--no-postfilter"], ["--attenuation-limit-db", "6"]):
+    for options in (["--mix", "0"], [], ["--postfilter", "0"], ["--attenuation-limit-db", "6"]):
         assert main(["enhance", "a.wav", "out.wav", "--force", *options]) == 0
         results.append(soundfile.read("out.wav")[0])
     original = soundfile.read("a.wav")[0]
@@ -147,9 +147,14 @@ def test_controls_reach_the_enhancer(folder):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["a.wav", "out.wav", "--mix", "2"], 2, "a mix of 2.0; accepted are 0"),
-        (["a.wav", "out.wav", "--mix", "nan"], 2, "a mix of nan"),
-        (["a.wav", "out.wav", "--attenuation-limit-db=-3"], 2, "accepted are 0 dB and more"),
+        (["a.wav", "out.wav", "--mix", "2"], 2, "mix: 2; accepted are 0 to 1"),
+        (["a.wav", "out.wav", "--mix", "nan"], 2, "mix: nan"),
+        (
+            ["a.wav", "out.wav", "--attenuation-limit-db=-3"],
+            2,
+            "attenuation_limit_db: -3; accepted are 0 to 100",
+        ),
+        (["a.wav", "out.wav", "--postfilter", "2"], 2, "postfilter: 2; accepted are 0 to 1"),
         (["a.wav", "b.wav", "out.wav"], 2, "need a folder as OUT"),
         (["none*.wav", "out"], 2, "nothing matches none*.wav"),
         (["empty", "out"], 2, "empty holds no audio files"),

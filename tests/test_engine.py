@@ -111,7 +111,7 @@ def test_a_compensated_stream_is_the_offline_result(engine, enhancer):
 
 def test_streams_that_share_rounds_do_not_influence_each_other(engine, enhancer):
     """Different rates, parameters, phases and loudness; one of them leaves and another takes its row."""
-    chosen = [(48_000, Controls()), (16_000, Controls(mix=0.5)), (48_000, Controls(6.0, postfilter=False))]
+    chosen = [(48_000, Controls()), (16_000, Controls(mix=0.5)), (48_000, Controls(6.0, postfilter=0.25))]
     sessions = [opened(engine, rate, controls=controls) for rate, controls in chosen]
     signals = [noise(14_400, seed) * 10.0**seed for seed in range(3)]
     passing = opened(engine)
@@ -182,11 +182,17 @@ def test_new_parameters_ramp_without_a_click(engine, enhancer):
 
 
 def test_per_stream_controls_give_the_same_samples_as_one_for_all(enhancer):
-    samples = np.stack([noise(HOP * 6, seed) for seed in range(4)])
-    choices = [Controls(), Controls(mix=0.3), Controls(mix=0.0), Controls(12.0, 0.9, postfilter=False)]
+    samples = np.stack([noise(HOP * 6, seed) for seed in range(5)])
+    choices = [
+        Controls(),
+        Controls(mix=0.3),
+        Controls(mix=0.0),
+        Controls(12.0, 0.9, 0.0),
+        Controls(100.0, 1.0, 0.5),
+    ]
     wet = np.repeat(np.float32([[c.wet] for c in choices]), 6, axis=1)
     sharpening = np.repeat(np.float32([[c.postfilter] for c in choices]), 6, axis=1)
-    together, _ = enhancer.process(samples, enhancer.initial_state(4), FrameControls(wet, sharpening))
+    together, _ = enhancer.process(samples, enhancer.initial_state(5), FrameControls(wet, sharpening))
     for row, controls in enumerate(choices):
         alone, _ = enhancer.process(samples[row : row + 1], enhancer.initial_state(1), controls)
         assert together[row].tobytes() == alone[0].tobytes()

@@ -56,11 +56,11 @@ def arguments(clips: Path, model: Path) -> list[str]:
 
 
 def test_enhanced_files_are_what_the_stream_gives(clips, model, tmp_path, capsys):
-    assert main([*arguments(clips, model), "--enhanced-out", str(tmp_path), "--no-postfilter"]) == 0
+    assert main([*arguments(clips, model), "--enhanced-out", str(tmp_path), "--postfilter", "0"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0_snr5.wav", "1_clean.wav"]
     noisy, _ = soundfile.read(clips / "noisy" / "0_snr5.flac", dtype="float32")
     enhancer = Enhancer(Model.load(model))
-    expected = enhance(noisy, RATE, controls=Controls(postfilter=False), enhancer=enhancer)
+    expected = enhance(noisy, RATE, controls=Controls(postfilter=0), enhancer=enhancer)
     written, rate = soundfile.read(tmp_path / "0_snr5.wav")
     assert rate == RATE
     np.testing.assert_allclose(written, expected, atol=1 / 32768)

@@ -25,6 +25,7 @@ from percepnet.stream import enhance
 from percepnet.synthesis import Controls
 from service.client import Client, LiveStream
 from service.main import Server
+from service.messages import parameters
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 from service.settings import Address, Settings
 
@@ -114,8 +115,7 @@ def test_a_stream_is_told_its_settings_with_all_defaults(service: Service) -> No
         config = stream.started.config
         assert stream.delay_samples == 1440
         assert (config.sample_rate_hz, config.encoding) == (48_000, pb.ENCODING_F32LE)
-        assert (config.parameters.mix, config.parameters.postfilter) == (1, True)
-        assert not config.parameters.HasField("attenuation_limit_db")
+        assert config.parameters == parameters(Controls())
         assert stream.started.idle_timeout_seconds == 30
         with pytest.raises(ParameterError, match="7 samples; this stream takes multiples of 480"):
             stream.push(noise(7))
@@ -183,7 +183,11 @@ def test_parameters_change_and_passages_end_inside_a_stream(service: Service, en
         ([Request(config=CONFIG), Request(audio=bytes(2 * RATE + 2))], "audio: 16001 samples"),
         (
             [Request(config=CONFIG), Request(parameters=pb.Parameters(attenuation_limit_db=float("nan")))],
-            "parameters.attenuation_limit_db: nan",
+            "parameters.attenuation_limit_db: nan; accepted are 0 to 100",
+        ),
+        (
+            [Request(config=CONFIG), Request(parameters=pb.Parameters(postfilter=-1))],
+            "parameters.postfilter: -1; accepted are 0 to 1",
         ),
         ([Request(config=CONFIG), Request(audio=pcm16(999)), b"\xff"], "no percepnet_service.v1"),
     ],

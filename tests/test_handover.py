@@ -95,7 +95,7 @@ def test_a_session_goes_on_in_another_engine_without_a_difference(
     unbroken, session = engines[0].open(options, lambda: None), engines[0].open(options, lambda: None)
     samples = np.split(noise(sum(sizes)), np.cumsum(sizes)[:-1])
     steps = [lambda s, part=part: s.push(part, 0.0) for part in samples]
-    steps[1:1] = [lambda s: s.update(Controls(mix=0.25, postfilter=False), 0.0)]
+    steps[1:1] = [lambda s: s.update(Controls(mix=0.25, postfilter=0.5), 0.0)]
     if flush:
         steps[2:2] = [lambda s: s.flush(0.0)]
     for i, step in enumerate([*steps, lambda s: s.flush(0.0)]):

@@ -21,7 +21,7 @@ from running import TIMEOUT_SECONDS, eventually
 
 from percepnet.enhancer import Enhancer
 from percepnet.stream import Stream, enhance_file
-from percepnet.synthesis import Controls
+from percepnet.synthesis import MAX_ATTENUATION_LIMIT_DB, Controls
 from service.main import Server
 from service.pb.nvidia.maxine.bnr.v1 import bnr_pb2 as bnr
 
@@ -91,8 +91,9 @@ def pieces(file: bytes) -> list[bnr.EnhanceAudioRequest]:
     return [audio(file[start : start + PIECE_BYTES]) for start in range(0, len(file), PIECE_BYTES)]
 
 
-def enhanced(file: bytes, enhancer: Enhancer, controls: Controls = Controls()) -> bytes:
-    target = io.BytesIO()
+def enhanced(file: bytes, enhancer: Enhancer, ratio: float = 1) -> bytes:
+    """The ratio is a share of all that can be removed."""
+    target, controls = io.BytesIO(), Controls(MAX_ATTENUATION_LIMIT_DB, mix=ratio)
     enhance_file(io.BytesIO(file), target, controls=controls, enhancer=enhancer)
     return target.getvalue()
 
@@ -112,7 +113,7 @@ def test_a_live_stream_gets_a_chunk_for_each_chunk(
     answers = list(service.enhance_audio(chunks(samples, rate), name))
     assert [len(answer.audio_stream_data) for answer in answers] == [rate // 25] * 50
     output = np.frombuffer(b"".join(answer.audio_stream_data for answer in answers), np.float32)
-    stream = Stream(rate, enhancer=enhancer)
+    stream = Stream(rate, controls=Controls(MAX_ATTENUATION_LIMIT_DB), enhancer=enhancer)
     expected = np.concatenate([stream.push(samples), stream.flush()])[: len(samples)]
     np.testing.assert_array_equal(output, expected)
 
@@ -153,7 +154,7 @@ def test_a_wav_file_comes_back_as_one(
     assert all(0 < len(answer.audio_stream_data) <= PIECE_BYTES for answer in answers[1:])
     result = b"".join(answer.audio_stream_data for answer in answers)
     samples, *kind = content(result)
-    expected, *_ = content(enhanced(file, enhancer, Controls(mix=0.5)))
+    expected, *_ = content(enhanced(file, enhancer, 0.5))
     np.testing.assert_array_equal(samples, expected)
     assert kind == [rate, subtype]
 

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from running import running
 
 from percepnet.cli import main
 from percepnet.stream import bundled_enhancer
+from percepnet.synthesis import Controls
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +76,18 @@ def test_there_are_examples_of_all_kinds() -> None:
     for beginning in ("curl", "percepnet enhance", "percepnet stream"):
         assert any(line.startswith(beginning) for line in RUN)
     assert all(any(line.startswith(beginning) for line in commands()) for beginning in NOT_RUN)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Controls)])
+def test_the_default_of_each_control_is_told(name: str) -> None:
+    """In the README's table and in the proto."""
+    default = f"{getattr(Controls(), name):g}"
+    readme, proto = (
+        (ROOT / file).read_text() for file in ("README.md", "protos/percepnet_service/v1/enhancement.proto")
+    )
+    assert re.search(rf"^\| `{name}` \|.*\| {default} \|$", readme, re.MULTILINE)
+    (comment,) = re.findall(rf"((?:^ *//.*\n)+) *optional float {name} =", proto, re.MULTILINE)
+    assert f"Default {default}." in comment
 
 
 @pytest.mark.parametrize("example", examples("python"))

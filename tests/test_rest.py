@@ -13,6 +13,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -203,7 +204,7 @@ def test_a_bare_body_may_be_called_any_kind_of_audio(service: Service, content_t
 
 def test_parameters_in_the_query_and_in_the_form_do_the_same(service: Service, enhancer: Enhancer) -> None:
     content = encoded(recording())
-    parameters = {"attenuation_limit_db": 6.0, "mix": 0.75, "postfilter": False}
+    parameters = {"attenuation_limit_db": 6.0, "mix": 0.75, "postfilter": 0.25}
     expected = enhanced_by_library(enhancer, content, "wav", **parameters)
     assert expected != enhanced_by_library(enhancer, content, "wav")
     texts = {name: str(value) for name, value in parameters.items()}
@@ -296,7 +297,9 @@ def test_each_bad_file_has_its_declared_problem(service: Service, name: str, as_
         ("attenuation_limit_db=-1", "attenuation_limit_db"),
         ("attenuation_limit_db=inf", "attenuation_limit_db"),
         ("attenuation_limit_db=much", "attenuation_limit_db"),
+        ("attenuation_limit_db=101", "attenuation_limit_db='101': Input should be less than or equal to 100"),
         ("postfilter=maybe", "postfilter"),
+        ("postfilter=1.5", "postfilter='1.5': Input should be less than or equal to 1"),
         ("format=mp3", "format"),
         ("format=WAV%00", "format"),
         ("postfiter=false", "postfiter: no such parameter"),
@@ -599,8 +602,11 @@ def test_the_openapi_document_tells_all_of_enhance(service: Service) -> None:
     operation = service.http.get("/openapi.json").json()["paths"]["/enhance"]["post"]
     parameters = {parameter["name"]: parameter["schema"] for parameter in operation["parameters"]}
     assert parameters.keys() == {"format", "attenuation_limit_db", "mix", "postfilter"}
-    assert parameters["attenuation_limit_db"]["minimum"] == 0
-    assert (parameters["mix"]["minimum"], parameters["mix"]["maximum"]) == (0, 1)
+    ranges = {"attenuation_limit_db": (0, 100), "mix": (0, 1), "postfilter": (0, 1)}
+    for name, default in asdict(Controls()).items():
+        schema = parameters[name]
+        assert (schema["minimum"], schema["maximum"]) == ranges[name]
+        assert (schema["type"], schema["default"]) == ("number", default)
     form = operation["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert form["properties"]["file"]["format"] == "binary"
     assert "audio/flac" in operation["requestBody"]["content"]

@@ -13,7 +13,7 @@ from scipy import signal
 from percepnet.constants import SAMPLE_RATE
 from percepnet.model import ASSETS, INT8, MODEL_FILE, Model
 from percepnet.stream import Stream, enhance
-from percepnet.synthesis import Controls
+from percepnet.synthesis import MAX_ATTENUATION_LIMIT_DB, Controls
 
 EXAMPLE = Path(__file__).parent / "data" / "noisy.wav"
 VOICE_STARTS = SAMPLE_RATE // 4
@@ -64,6 +64,17 @@ def test_the_attenuation_limit_leaves_that_much_noise(noisy: np.ndarray, enhance
     lowered = level_db(noisy[passage]) - level_db(limited[passage])
     assert 3 < lowered < 6.5
     assert level_db(enhanced[passage]) < level_db(limited[passage])
+
+
+def test_the_postfilter_removes_more_the_stronger_it_is(noisy: np.ndarray) -> None:
+    """Over the whole example, without a limit in the way; 0.5 lies between, 1 is the default."""
+    levels = [
+        level_db(
+            enhance(noisy, SAMPLE_RATE, controls=Controls(MAX_ATTENUATION_LIMIT_DB, postfilter=strength))
+        )
+        for strength in (0, 0.5, 1)
+    ]
+    assert levels[2] < levels[1] < levels[0]
 
 
 @pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000])

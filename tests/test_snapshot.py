@@ -27,7 +27,7 @@ def noise(n_samples: int) -> np.ndarray:
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 48_000, 96_000])
 @settings(deadline=None, max_examples=6)
-@given(place=st.integers(0, 4_000), controls=st.sampled_from([Controls(), Controls(12, 0.9, False)]))
+@given(place=st.integers(0, 4_000), controls=st.sampled_from([Controls(), Controls(12, 0.9, 0.5)]))
 def test_a_stream_is_saved_and_resumed_without_a_difference(enhancer, rate, place, controls):
     samples = noise(4_800)
     unbroken = Stream(rate, controls=controls, enhancer=enhancer)

@@ -9,13 +9,14 @@ from percepnet.analysis import Analysis, AnalysisState, analyze
 from percepnet.bands import band_energy, to_bins
 from percepnet.constants import HOP, LATENCY_SAMPLES, N_BANDS
 from percepnet.errors import ParameterError
-from percepnet.synthesis import Controls, restoration, synthesize
+from percepnet.synthesis import MAX_ATTENUATION_LIMIT_DB, Controls, restoration, synthesize
 
 N_FRAMES = 12
 SAMPLES = signals.voices(N_FRAMES)
 ANALYSIS, _ = analyze(SAMPLES, AnalysisState.initial(4))
 SILENCE = np.zeros((4, HOP), np.float32)
-NO_POSTFILTER = Controls(postfilter=False)
+BARE = Controls(MAX_ATTENUATION_LIMIT_DB, postfilter=0)
+"""The gains as they are."""
 
 
 def _bands(value: float) -> np.ndarray:
@@ -31,7 +32,7 @@ def _energy_db(samples: np.ndarray) -> float:
     return float(10 * np.log10(np.mean(samples.astype(np.float64) ** 2)))
 
 
-@pytest.mark.parametrize("controls", [Controls(), NO_POSTFILTER])
+@pytest.mark.parametrize("controls", [Controls(), BARE])
 def test_unit_gains_without_comb_give_the_input_1440_samples_late(controls):
     samples, _ = synthesize(ANALYSIS, _bands(1), _bands(0), SILENCE, controls)
     assert samples.shape == SAMPLES.shape
@@ -41,27 +42,23 @@ def test_unit_gains_without_comb_give_the_input_1440_samples_late(controls):
     assert reference.agreement_db(samples[:, 1440:], SAMPLES[:, :-1440]) > 120
 
 
-@pytest.mark.parametrize("sharpen", [True, False])
-def test_samples_equal_the_slow_ones(sharpen):
+@pytest.mark.parametrize("sharpening", [0, 0.3, 1])
+@pytest.mark.parametrize("limit_db", [12, 100])
+def test_samples_equal_the_slow_ones(sharpening, limit_db):
     gains, strengths = _random_bands(1), _random_bands(2)
-    samples, _ = synthesize(ANALYSIS, gains, strengths, SILENCE, Controls(postfilter=sharpen))
+    samples, _ = synthesize(ANALYSIS, gains, strengths, SILENCE, Controls(limit_db, postfilter=sharpening))
     for stream in (0, 3):
         double = {name: value[stream].astype(np.complex128) for name, value in vars(ANALYSIS).items()}
         frames = reference.Frames(**{**double, "energy": double["energy"].real})
         g, r = gains[stream].astype(np.float64), strengths[stream].astype(np.float64)
-        slow = reference.synthesize(frames, g, r, sharpen=sharpen)
+        slow = reference.synthesize(frames, g, r, sharpening=sharpening, limit_db=limit_db)
         assert reference.agreement_db(samples[stream], slow) > 110
 
 
-def test_zero_gains_are_silence():
-    samples, overlap = synthesize(ANALYSIS, _bands(0), _random_bands(0), SILENCE, Controls())
-    np.testing.assert_array_equal(samples, 0)
-    np.testing.assert_array_equal(overlap, 0)
-
-
 def test_gains_multiply_amplitude():
-    samples, _ = synthesize(ANALYSIS, _bands(0.5), _bands(0), SILENCE, NO_POSTFILTER)
-    assert reference.agreement_db(samples[:, 1440:], 0.5 * SAMPLES[:, :-1440].astype(np.float64)) > 120
+    samples, _ = synthesize(ANALYSIS, _bands(0.5), _bands(0), SILENCE, BARE)
+    # The limit leaves the input, 100 dB down.
+    assert reference.agreement_db(samples[:, 1440:], 0.5 * SAMPLES[:, :-1440].astype(np.float64)) > 99
 
 
 def test_the_comb_mix_keeps_the_energy_of_broad_bands():
@@ -89,13 +86,32 @@ def test_a_mix_in_between_is_the_weighted_sum_of_input_and_output():
     assert reference.agreement_db(half, (none + whole) / 2) > 110
 
 
-@pytest.mark.parametrize("limit_db", [0, 6, 20])
+@pytest.mark.parametrize("limit_db", [0, 6, 20, 100])
 def test_the_attenuation_limit_is_what_zero_gains_attenuate_by(limit_db):
     controls = Controls(attenuation_limit_db=limit_db)
-    samples, _ = synthesize(ANALYSIS, _bands(0), _bands(0), SILENCE, controls)
+    samples, _ = synthesize(ANALYSIS, _bands(0), _random_bands(0), SILENCE, controls)
     for stream in range(4):
         attenuation_db = _energy_db(SAMPLES[stream, :-1440]) - _energy_db(samples[stream, 1440:])
-        assert attenuation_db == pytest.approx(limit_db, abs=1e-3)
+        assert attenuation_db == pytest.approx(limit_db, abs=0.02)
+
+
+def test_the_default_limit_leaves_noise_audible():
+    """Nothing is gated to silence unless a caller asks for it."""
+    samples, _ = synthesize(ANALYSIS, _bands(0), _bands(0), SILENCE, Controls())
+    left_db = _energy_db(samples[:, 1440:]) - _energy_db(SAMPLES[:, :-1440])
+    assert left_db == pytest.approx(-Controls.attenuation_limit_db, abs=1e-3)
+    assert 12 <= Controls.attenuation_limit_db < MAX_ATTENUATION_LIMIT_DB
+
+
+def test_a_full_postfilter_lowers_noise_and_a_half_one_less():
+    """Gains are low where there is noise: in all bands but one, which keeps its level."""
+    gains = _bands(0.1)
+    gains[..., 5] = 1
+    none, half, full = (
+        _energy_db(synthesize(ANALYSIS, gains, _bands(0), SILENCE, Controls(postfilter=strength))[0])
+        for strength in (0, 0.5, 1)
+    )
+    assert full < half < none
 
 
 def test_no_gains_attenuate_by_more_than_the_limit():
@@ -112,11 +128,15 @@ def test_no_gains_attenuate_by_more_than_the_limit():
         {"mix": 1.1},
         {"mix": float("nan")},
         {"attenuation_limit_db": -1},
+        {"attenuation_limit_db": 100.1},
         {"attenuation_limit_db": float("nan")},
+        {"postfilter": -0.1},
+        {"postfilter": 1.1},
+        {"postfilter": float("nan")},
     ],
 )
 def test_controls_out_of_range_are_refused(wrong):
-    with pytest.raises(ParameterError, match="accepted are"):
+    with pytest.raises(ParameterError, match=f"{next(iter(wrong))}: .*; accepted are 0 to"):
         Controls(**wrong)
 
 

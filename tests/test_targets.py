@@ -10,7 +10,7 @@ from percepnet.analysis import AnalysisState, analyze
 from percepnet.bands import band_energy
 from percepnet.constants import HOP, LATENCY_SAMPLES, WINDOW
 from percepnet.features import coherence
-from percepnet.synthesis import Controls, synthesize
+from percepnet.synthesis import MAX_ATTENUATION_LIMIT_DB, Controls, synthesize
 
 N_FRAMES = 80
 
@@ -39,7 +39,9 @@ def _snr_db(enhanced: np.ndarray, clean: np.ndarray) -> float:
 def _enhance(noisy: np.ndarray, gains: np.ndarray, strengths: np.ndarray) -> np.ndarray:
     analysis, _ = analyze(noisy, AnalysisState.initial(len(noisy)))
     overlap = np.zeros((len(noisy), HOP), np.float32)
-    return synthesize(analysis, gains, strengths, overlap, Controls(postfilter=False))[0]
+    return synthesize(analysis, gains, strengths, overlap, Controls(MAX_ATTENUATION_LIMIT_DB, postfilter=0))[
+        0
+    ]
 
 
 def test_gains_are_amplitude_ratios_of_at_most_one():

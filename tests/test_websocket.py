@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from percepnet.enhancer import Enhancer
 from percepnet.stream import enhance
+from percepnet.synthesis import Controls
 from service.main import Server
 
 RATE = 16_000
@@ -108,7 +110,7 @@ def test_a_stream_is_the_offline_result(service: Service, enhancer: Enhancer) ->
         send(call, config=CONFIG)
         started = text(call)["started"]
         assert started["model_name"] == "random"
-        assert started["config"]["parameters"] == {"mix": 1.0, "postfilter": True}
+        assert started["config"]["parameters"] == asdict(Controls())
         for start in range(0, len(data), 320):
             call.send(data[start : start + 320])
             output.append(audio(call))
@@ -134,8 +136,9 @@ def test_parameters_flushes_and_reports_come_as_texts(service: Service) -> None:
         send(call, flush={})
         assert text(call)["audio"]["flushed"]
         assert len(first) + len(audio(call)) == 3_200
-        send(call, parameters={"mix": 0})
-        assert text(call) == {"parameters": {"parameters": {"mix": 0.0, "postfilter": True}, "position": 0}}
+        send(call, parameters={"mix": 0, "postfilter": 0.5})
+        in_force = asdict(Controls(mix=0, postfilter=0.5))
+        assert text(call) == {"parameters": {"parameters": in_force, "position": 0}}
         send(call, end={})
         assert text(call)["audio"]["flushed"]
         assert audio(call) == b""
@@ -157,6 +160,11 @@ def test_parameters_flushes_and_reports_come_as_texts(service: Service) -> None:
         ([{"config": CONFIG | {"encoding": "MP3"}}], "MP3"),
         ([{"config": {"sample_rate_hz": RATE}}], "config.encoding: 0; accepted are ENCODING_S16LE and"),
         ([{"config": CONFIG | {"parameters": {"mix": "NaN"}}}], "config.parameters.mix: nan"),
+        (
+            [{"config": CONFIG | {"parameters": {"postfilter": 2}}}],
+            "config.parameters.postfilter: 2; accepted",
+        ),
+        ([{"config": CONFIG | {"parameters": {"postfilter": "off"}}}], "off at EnhanceStreamRequest.config"),
         ([{"config": CONFIG}, {"config": CONFIG}], "payload: config came"),
         ([{"config": CONFIG}, b"abc"], "audio: 3 bytes; samples have 2 bytes each"),
         ([{"config": CONFIG}, bytes(2 * RATE + 2)], "audio: 16001 samples; accepted are 16000"),

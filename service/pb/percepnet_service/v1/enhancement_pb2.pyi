@@ -23,8 +23,8 @@ class Parameters(_message.Message):
     POSTFILTER_FIELD_NUMBER: _ClassVar[int]
     attenuation_limit_db: float
     mix: float
-    postfilter: bool
-    def __init__(self, attenuation_limit_db: _Optional[float] = ..., mix: _Optional[float] = ..., postfilter: _Optional[bool] = ...) -> None: ...
+    postfilter: float
+    def __init__(self, attenuation_limit_db: _Optional[float] = ..., mix: _Optional[float] = ..., postfilter: _Optional[float] = ...) -> None: ...
 
 class StreamConfig(_message.Message):
     __slots__ = ("sample_rate_hz", "encoding", "parameters", "message_samples", "compensate_delay", "report")
