@@ -80,7 +80,7 @@ def test_a_mix_of_0_is_the_input_1440_samples_late(enhancer):
 
 def test_a_bypass_is_the_input_as_late_faded_over_within_a_hop_on_both_sides(enhancer):
     """As a mix that goes to 0 and back, for the network's part of the cost: it does not hear the frames."""
-    wet = np.ones((4, N_FRAMES), np.float32)
+    wet = np.full((4, N_FRAMES), Controls().wet, np.float32)
     wet[:, 5:9] = 0
     mixed, _ = enhancer.process(
         SAMPLES, enhancer.initial_state(4), FrameControls(wet, np.ones_like(wet, np.float32))
