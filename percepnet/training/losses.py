@@ -25,6 +25,11 @@ _ACTIVE = 1e-4
 _AUDIBLE = 1e-3
 """…and with at least this energy, about 30 dB below the mean of an active target."""
 
+_HIGH_BAND_HZ = (8000, 20_000)
+
+_HIGH_BAND_FLOOR = 1e-9
+"""Power of a bin 70 dB below the mean of an active target, which counts as silence."""
+
 _SPOKEN_SHARE = 0.1
 """Of such frames, for an example to have a quality."""
 
@@ -48,6 +53,8 @@ class LossConfig:
     """Weight of the correlation that is missing between enhanced and clean envelopes (ESTOI)."""
     beyond: float = 0.0
     """Weight of what lies above an example's bandwidth: its recording is silent there, its talker wasn't."""
+    high_band: float = 0.0
+    """Weight of the log-spectral distance in dB from 8 to 20 kHz, where speech is weak."""
     pesq: float = 0.0
     """Weight of the points that PESQ-WB misses."""
 
@@ -124,6 +131,18 @@ class SpectralLoss(torch.nn.Module):
         weights = active * (active.sum(-1, keepdim=True) > length / 2)
         return 1 - (correlation * weights).sum() / weights.sum().clamp(min=1)
 
+    def high_band_distance(self, enhanced: Tensor, clean: Tensor, known: Tensor) -> Tensor:
+        """Log-spectral distance in dB above 8 kHz in frames of speech; known: (batch, 181), bins' weights."""
+        low, high = _HIGH_BAND_HZ
+        bins = (self._frequency_hz >= low) & (self._frequency_hz < high)
+        power = clean.square().sum((-1, -2))
+        active = ((power > _ACTIVE * power.amax(1, keepdim=True)) & (power > _AUDIBLE)).float()
+        levels = [(s[:, :, bins].square().sum(-1) + _HIGH_BAND_FLOOR).log10() for s in (enhanced, clean)]
+        weights = known[:, bins] / known[:, bins].sum(-1, keepdim=True).clamp(min=1e-6)
+        squares = ((10 * (levels[0] - levels[1])).square() * weights[:, None]).sum(-1)
+        active = active * known[:, None, bins].mean(-1)
+        return ((squares + 1).sqrt() * active).sum() / active.sum().clamp(min=1)
+
     def missing_quality(self, enhanced: Tensor, clean: Tensor) -> Tensor:
         """Points of PESQ-WB below the best, a mean over the examples in which somebody speaks."""
         power = clean.square().sum((-1, -2))
@@ -167,6 +186,8 @@ class SpectralLoss(torch.nn.Module):
         terms = {"magnitude": magnitude, "phase": phase, "gains": gain, "strengths": strength}
         if config.intelligibility:
             terms["intelligibility"] = self.missing_correlation(enhanced, clean)
+        if config.high_band:
+            terms["high_band"] = self.high_band_distance(enhanced, clean, known.expand(len(gains), -1))
         if config.pesq:
             terms["pesq"] = self.missing_quality(enhanced, clean)
         total = sum((getattr(config, name) * value for name, value in terms.items()), torch.zeros(()))

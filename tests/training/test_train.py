@@ -189,6 +189,32 @@ def test_what_a_recording_does_not_tell_costs_nothing(training_cache: Path) -> N
     assert torch.count_nonzero(gains.grad[..., :18]) > 0
 
 
+def test_noise_above_a_recording_can_be_taught_away(training_cache: Path) -> None:
+    """With `beyond`, leaving noise above an example's bandwidth costs more than taking it away."""
+    shard = make_shard(Mixer(training_cache), 0, TINY.pool)
+    batch = {name: torch.from_numpy(values).float() for name, values in shard.items()}
+    batch["bandwidth_hz"][:] = 8000.0
+    batch["clean"][:, :, 120:] = 0  # bins from 8 kHz up
+    batch["gains"][:, :, 27:] = 0
+    loss = SpectralLoss(LossConfig(beyond=0.25))
+    muted = batch["gains"].clone()
+    left = muted.clone()
+    left[..., 27:] = 1
+    assert loss(muted, batch["strengths"], batch)[0] < loss(left, batch["strengths"], batch)[0]
+
+
+def test_the_high_band_distance_is_in_decibels() -> None:
+    """Halving everything from 8 kHz up is 6 dB; bins that are not known say nothing."""
+    clean = torch.rand(2, 60, 181, 2) + 0.1
+    half = clean.clone()
+    half[:, :, 120:] *= 0.5
+    loss = SpectralLoss(LossConfig())
+    assert float(loss.high_band_distance(half, clean, torch.ones(2, 181))) == pytest.approx(6.02, abs=0.2)
+    known = torch.ones(2, 181)
+    known[:, 120:] = 0
+    assert float(loss.high_band_distance(half, clean, known)) == 0
+
+
 def test_the_intelligibility_loss_is_estoi(training_cache: Path) -> None:
     """On the loss's own frames it agrees with pystoi within 0.05, at every signal-to-noise ratio."""
     pystoi = pytest.importorskip("pystoi", reason="needs the measure extra")
