@@ -88,9 +88,11 @@ def _blend(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:
     if share.min() == 1:
         return end
     share = share[..., np.newaxis]
-    blended = start + share * (end - start)
-    np.copyto(blended, start, where=share == 0)
-    np.copyto(blended, end, where=share == 1)
+    blended = end - start
+    blended.view(np.float32)[...] *= share  # real times real, of complex numbers too
+    blended += start
+    if (share == 1).any():
+        np.copyto(blended, end, where=share == 1)
     return blended
 
 
