@@ -24,6 +24,7 @@ from percepnet.audio import AudioReader
 from percepnet.errors import ParameterError, PercepNetError
 from percepnet.report import count, machine, markdown
 from percepnet.resample import Resampler
+from percepnet.stream import enhance
 from service import pcm
 from service.engine import DEADLINE_SECONDS
 from service.loadwire import Connection, WireError
@@ -62,6 +63,8 @@ class Plan:
     """That the streams share."""
     multiplexed: bool = False
     """All streams over one RPC, as a mixer has them."""
+    compared: bool = False
+    """Whether a stream's output is compared with that of a file."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Result:
     bytes_per_stream: float | None
     """By which the server's memory grew."""
     client_cores: float
+    differences: int | None = None
+    """Samples of the first stream that are not those of a file with all that was sent."""
 
     @property
     def misses(self) -> int:
@@ -195,6 +200,8 @@ class _Speaker:
         self.started: pb.StreamStarted | None = None
         self.answered: list[float] = []
         self.flushed = False
+        self.said: list[bytes] | None = None  # the messages, if they are kept, and with them
+        self.output: list[bytes] = []  # the audio that came back
         self._messages = messages
         self._next = first
         self.stream = open(self._take)
@@ -213,7 +220,10 @@ class _Speaker:
         """Send the next message."""
         message = self._messages[self._next]
         self._next = (self._next + 1) % len(self._messages)
-        return self.stream.send(message)
+        sent = self.stream.send(message)
+        if sent and self.said is not None:
+            self.said.append(message)
+        return sent
 
     def end(self) -> None:
         """Ask for the tail."""
@@ -221,12 +231,24 @@ class _Speaker:
         self.stream.close()
 
     def _take(self, response: pb.EnhanceStreamResponse, now: float) -> None:
+        if self.said is not None:
+            self.output.append(response.audio.audio)
         if self.started is None:
             self.started = response.started
         elif response.audio.flushed:
             self.flushed = True
         else:
             self.answered.append(now)
+
+
+def differences(speaker: _Speaker, rate: int) -> int:
+    """Samples of a stream's whole output that are not those of a file with all that was sent."""
+    assert speaker.started is not None
+    assert speaker.said is not None
+    sent = b"".join(pb.EnhanceStreamRequest.FromString(message).audio for message in speaker.said)
+    expected = pcm.encode(enhance(pcm.decode(sent, pcm.S16LE), rate), pcm.S16LE)
+    output = np.frombuffer(b"".join(speaker.output), pcm.S16LE)[speaker.started.delay_samples :]
+    return int((output != expected).sum()) if len(output) == len(expected) else len(expected)
 
 
 def speech(path: Path, rate: int) -> bytes:
@@ -288,6 +310,8 @@ def _put_on(
         _until(speaker.heard, read)
         if speaker.stream.ended:
             raise LoadError(f"the server takes no more than {i} streams")
+    if plan.compared:
+        speakers[0].said = []
 
     period = plan.message_ms / 1000
     n_warm = round(WARM_UP_SECONDS / period)
@@ -340,7 +364,13 @@ def _put_on(
     _until(lambda: all(speaker.flushed for speaker in speakers), read)
     lateness = (sent - due)[n_warm:]
     return Result(
-        plan, (answered - due)[n_warm:].ravel(), lateness[np.isfinite(lateness)], cores, grown, client_cores
+        plan,
+        (answered - due)[n_warm:].ravel(),
+        lateness[np.isfinite(lateness)],
+        cores,
+        grown,
+        client_cores,
+        differences(speakers[0], rate) if plan.compared else None,
     )
 
 
@@ -404,6 +434,15 @@ def sender(results: list[Result]) -> str:
     )
 
 
+def comparison(result: Result) -> str:
+    """How a stream's output compares with a file's."""
+    equals = f"differs in {result.differences} samples from" if result.differences else "equals"
+    return (
+        f"With {result.plan.streams} streams, the whole output of the first one {equals} that of a file "
+        "with the same speech."
+    )
+
+
 def idle_share(server: Process, seconds: float) -> float:
     """Share of a core that a server takes without a stream."""
     before = server.cpu_seconds()
@@ -458,6 +497,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="all streams over one RPC, which brings what was said every 5 ms, as a mixer does",
     )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="compare the whole output of one stream with what `percepnet enhance` makes of the same speech",
+    )
     parser.add_argument("--audio", type=Path, default=EXAMPLE, metavar="FILE", help="the speech that is sent")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--target", metavar="HOST:PORT", help="a gRPC server that runs already")
@@ -489,6 +533,7 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.message_ms,
                 arguments.connections,
                 arguments.multiplexed,
+                arguments.compare,
             )
             return put_on(plan, address, messages, arguments.rate, server)
 
@@ -498,6 +543,8 @@ def run(arguments: argparse.Namespace) -> int:
             results = [measure(streams) for streams in arguments.streams]
     print(markdown(HEADER, [row(result) for result in results]))
     print(f"\n{sender(results)}")
+    for result in results if arguments.compare else []:
+        print(f"\n{comparison(result)}")
     return 0
 
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from running import TIMEOUT_SECONDS, running
 from percepnet import cli
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model
+from percepnet.stream import enhance
 from service import load, wakeups
 from service.load import EXAMPLE, LoadError, Plan, Process, Result, messages_of, put_on, row, search, speech
 from service.loadwire import Connection, WireError
@@ -51,6 +53,18 @@ def test_every_message_of_every_stream_is_answered_and_counted(server, messages,
     assert (found.latency > 0).all()
     assert found.cores is not None
     assert found.cores > 0
+
+
+def test_a_streams_output_is_compared_with_that_of_a_file(server, random_model, monkeypatch):
+    noise = np.random.default_rng(0).integers(-9000, 9000, RATE).astype("<i2")
+    plan = Plan(streams=2, seconds=0.3, message_ms=10, connections=1, compared=True)
+    found = []
+    for model in (Model.load(), random_model):
+        monkeypatch.setattr(load, "enhance", partial(enhance, enhancer=Enhancer(model)))
+        sent = messages_of(noise.tobytes(), RATE, 10)
+        found.append(put_on(plan, ("127.0.0.1", server.grpc.port), sent, RATE, None).differences)
+    assert found[0]  # of another model
+    assert found[1] == 0
 
 
 def test_the_streams_of_a_mixer_are_answered_and_counted_though_they_do_not_fit_a_window(server):
