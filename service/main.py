@@ -14,7 +14,7 @@ import uvicorn
 from percepnet.constants import HOP
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model, ModelError
-from service import capacity, connections, cores, logs, pages
+from service import capacity, connections, cores, logs
 from service.access import Access
 from service.behind_live import BehindLive
 from service.board import Board
@@ -86,7 +86,6 @@ class Server(uvicorn.Server):
         self._board.mine.ready = 1
         gc.collect()
         gc.freeze()  # what is here now stays, and need not be looked through again and again
-        pages.collapse()
 
     async def _keep_books(self) -> None:
         """Tell the others every second that this one lives, and what it did, less often if that is little."""
@@ -131,7 +130,6 @@ def load_enhancer(settings: Settings) -> Enhancer:
     """Load the model and run it once, so that it cannot fail on the first caller; raises ModelError."""
     enhancer = Enhancer(Model.load(settings.model))
     enhancer.process(np.zeros((1, HOP), np.float32), enhancer.initial_state(1))
-    pages.collapse()  # before it is measured what a round takes
     return enhancer
 
 
