@@ -100,6 +100,14 @@ def test_noise_alone_is_lowered_by_20_db_after_a_second_but_stays_audible(level_
         assert 20 < lowered_db.min() <= lowered_db.max() < Controls.attenuation_limit_db + 0.5
 
 
+@pytest.mark.parametrize("rate", [8000, 12_000, 16_000, 24_000, 32_000, 44_100])
+def test_noise_alone_is_lowered_by_20_db_at_every_rate(rate):
+    """White noise that ends at half the caller's rate, where recordings of speech do too, is no speech."""
+    noise = signals.white_noise(3 * rate)
+    passage = slice(rate, None)
+    assert level_db(noise[passage]) - level_db(enhance(noise, rate)[passage]) > 20
+
+
 def test_noise_falls_further_where_the_limit_is_higher():
     """White and pink noise: by about each limit, and at 100 dB by all that the model can."""
     noise = np.stack([signals.white_noise(2 * SECOND), signals.pink_noise(2 * SECOND)], axis=1)

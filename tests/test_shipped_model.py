@@ -79,12 +79,12 @@ def test_the_postfilter_removes_more_the_stronger_it_is(noisy: np.ndarray) -> No
 
 @pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000])
 def test_the_output_is_as_long_as_the_input_and_in_step_with_it(noisy: np.ndarray, rate: int) -> None:
-    """The cross-correlation of output and input peaks at lag 0, at every rate."""
+    """The cross-correlation of output and input peaks at lag 0, at every rate, to half a sample of 48 kHz."""
     samples = signal.resample_poly(noisy, rate, SAMPLE_RATE).astype(np.float32)
     output = enhance(samples, rate)
     assert output.shape == samples.shape
     correlation = signal.correlate(output, samples, method="fft")
-    assert int(np.argmax(correlation)) == len(samples) - 1
+    assert abs(int(np.argmax(correlation)) - (len(samples) - 1)) <= rate / SAMPLE_RATE / 2
 
 
 def test_a_stream_equals_the_file(noisy: np.ndarray, enhanced: np.ndarray) -> None:
