@@ -80,7 +80,7 @@ class WidebandPesq(nn.Module):
     def forward(self, clean: Tensor, enhanced: Tensor) -> Tensor:
         """Quality, (batch,), of enhanced against clean samples, (batch, n) at 16 kHz, in sync.
 
-        n is at least 1 s. Where the clean signal is silent the quality says nothing.
+        n is at least 32 ms. Where the clean signal is silent the quality says nothing.
         """
         reference, degraded = self._bark(clean), self._bark(enhanced)
         silent = self._audible(reference, 100) < 1e7
@@ -132,5 +132,6 @@ class WidebandPesq(nn.Module):
 
 def _over_time(disturbance: Tensor) -> Tensor:
     """Mean of (batch, frames): the worst moments of each 320 ms count most, then all such pieces alike."""
-    pieces = (disturbance + 1e-3).clamp(max=45).unfold(-1, 20, 10)  # a root of nothing has no gradient
+    length = min(20, disturbance.shape[-1])
+    pieces = (disturbance + 1e-3).clamp(max=45).unfold(-1, length, 10)  # a root of nothing has no gradient
     return ((pieces**6).mean(-1) ** (1 / 6)).square().mean(-1).sqrt()
