@@ -47,7 +47,7 @@ class FrameAdapter:
         self._rest = np.zeros((n_streams, 0), np.float32)
 
     def to_frames(self, samples: np.ndarray) -> np.ndarray:
-        """Turn (streams, n) float32 at callers' rate into frames, (streams, frames·480): a view or not."""
+        """Turn (streams, n) float32 at the callers' rate into whole frames, (streams, frames·480)."""
         if self._to_48k is not None:
             samples = self._to_48k.push(samples)
         if self._rest.size:

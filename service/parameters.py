@@ -1,11 +1,13 @@
 """What a caller may choose for one file."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from percepnet.errors import ParameterError
 from percepnet.synthesis import MAX_ATTENUATION_LIMIT_DB, Controls
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Parameters(BaseModel):
@@ -21,18 +23,11 @@ class Parameters(BaseModel):
         allow_inf_nan=False,
         description="Lower the noise by at most this many dB; the maximum is as good as no limit.",
     )
-    mix: float = Field(
-        Controls.mix,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
-        description="Share of the enhanced signal: 0 is the input, 1 all enhanced.",
+    mix: Share = Field(
+        Controls.mix, description="Share of the enhanced signal: 0 is the input, 1 all enhanced."
     )
-    postfilter: float = Field(
+    postfilter: Share = Field(
         Controls.postfilter,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
         description="Strength of the postfilter, which lowers residual noise: 0 is off, 1 full.",
     )
 

@@ -20,7 +20,7 @@ _SEGMENT_HOP = 4
 """Frames from one segment to the next."""
 
 _ACTIVE = 1e-4
-"""A frame counts for intelligibility within 40 dB of its example's loudest, as in ESTOI…"""
+"""A frame counts as speech within 40 dB of its example's loudest, as in ESTOI…"""
 
 _AUDIBLE = 1e-3
 """…and with at least this energy, about 30 dB below the mean of an active target."""
@@ -79,6 +79,12 @@ def third_octaves() -> Tensor:
     return torch.from_numpy(np.stack(shares) / BIN_HZ).float()
 
 
+def _active(clean: Tensor) -> Tensor:
+    """1 where somebody speaks, else 0, (batch, frames); clean: (batch, frames, 181, 2)."""
+    power = clean.square().sum((-1, -2))
+    return ((power > _ACTIVE * power.amax(1, keepdim=True)) & (power > _AUDIBLE)).float()
+
+
 def _unit(values: Tensor, dim: int, weights: Tensor | float = 1.0) -> Tensor:
     """Deviations from the weighted mean along an axis, scaled to length one."""
     total = (torch.ones_like(values) * weights).sum(dim, keepdim=True).clamp(min=1)
@@ -118,9 +124,7 @@ class SpectralLoss(torch.nn.Module):
         maskers" (2016), with frames of 20 ms each 10 ms, and pauses left out of each segment's sums.
         """
         length = min(_SEGMENT, clean.shape[1])
-        power = clean.square().sum((-1, -2))
-        active = (power > _ACTIVE * power.amax(1, keepdim=True)) & (power > _AUDIBLE)
-        active = active.float().unfold(1, length, _SEGMENT_HOP)  # (batch, segments, frames)
+        active = _active(clean).unfold(1, length, _SEGMENT_HOP)  # (batch, segments, frames)
 
         def normalized(spectra: Tensor) -> Tensor:
             envelopes = (spectra.square().sum(-1) @ self._third_octaves.T + 1e-9).sqrt()
@@ -135,12 +139,10 @@ class SpectralLoss(torch.nn.Module):
         """Log-spectral distance in dB above 8 kHz in frames of speech; known: (batch, 181), bins' weights."""
         low, high = _HIGH_BAND_HZ
         bins = (self._frequency_hz >= low) & (self._frequency_hz < high)
-        power = clean.square().sum((-1, -2))
-        active = ((power > _ACTIVE * power.amax(1, keepdim=True)) & (power > _AUDIBLE)).float()
         levels = [(s[:, :, bins].square().sum(-1) + _HIGH_BAND_FLOOR).log10() for s in (enhanced, clean)]
         weights = known[:, bins] / known[:, bins].sum(-1, keepdim=True).clamp(min=1e-6)
         squares = ((10 * (levels[0] - levels[1])).square() * weights[:, None]).sum(-1)
-        active = active * known[:, None, bins].mean(-1)
+        active = _active(clean) * known[:, None, bins].mean(-1)
         return ((squares + 1).sqrt() * active).sum() / active.sum().clamp(min=1)
 
     def missing_quality(self, enhanced: Tensor, clean: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ class SpectralLoss(torch.nn.Module):
         if config.intelligibility:
             terms["intelligibility"] = self.missing_correlation(enhanced, clean)
         if config.high_band:
-            terms["high_band"] = self.high_band_distance(enhanced, clean, known.expand(len(gains), -1))
+            terms["high_band"] = self.high_band_distance(enhanced, clean, known)
         if config.pesq:
             terms["pesq"] = self.missing_quality(enhanced, clean)
         total = sum((getattr(config, name) * value for name, value in terms.items()), torch.zeros(()))
