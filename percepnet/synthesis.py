@@ -78,22 +78,14 @@ def synthesize(
     mixed *= to_bins(strengths)
     mixed += analysis.noisy
     if controls.sharpening.any():
-        gains = _blend(gains, postfilter.sharpen(gains, analysis.energy), controls.sharpening)
-    mixed *= to_bins(gains * restoration(analysis.energy, band_energy(mixed)))
-    return stft.inverse(_blend(analysis.noisy, mixed, controls.wet), overlap)
-
-
-def _blend(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """From `start` (share 0) to `end` (share 1), both reached exactly whatever the other frames' shares."""
-    if share.min() == 1:
-        return end
-    share = share[..., np.newaxis]
-    blended = end - start
-    blended.view(np.float32)[...] *= share  # real times real, of complex numbers too
-    blended += start
-    if (share == 1).any():
-        np.copyto(blended, end, where=share == 1)
-    return blended
+        share = controls.sharpening[..., np.newaxis]
+        gains = share * postfilter.sharpen(gains, analysis.energy) + (1 - share) * gains
+    wet = controls.wet[..., np.newaxis]
+    mixed *= to_bins(gains * restoration(analysis.energy, band_energy(mixed)) * wet)
+    if wet.min() < 1:
+        dry = analysis.noisy.view(np.float32) * (1 - wet)  # real times real
+        mixed += dry.view(np.complex64)
+    return stft.inverse(mixed, overlap)
 
 
 def restoration(energy: np.ndarray, mixed_energy: np.ndarray) -> np.ndarray:

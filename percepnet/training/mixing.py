@@ -56,8 +56,8 @@ class MixingConfig:
     noise_speed_range: float = 0.4  # as a fraction of the speed
     noise_reverse_share: float = 0.2
     switch_share: float = 0.15  # noises that come or go within the segment
-    reverb_share: float = 0.45
-    simulated_room_share: float = 0.75
+    reverb_share: float = 0.5
+    simulated_room_share: float = 0.65
     clarity_min_db: float = -5.0  # early against late energy; below it lies a church's far end
     noise_in_room_share: float = 0.5  # noises heard through the talker's simulated room
     early_ms: float = 30.0  # of the room's response, after the direct sound, that the target keeps

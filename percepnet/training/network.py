@@ -231,17 +231,23 @@ class TapProducts(torch.autograd.Function):
         return grad_x, grad_weight.permute(1, 2, 0).float(), grad_bias.float()
 
 
+def native_bfloat16() -> bool:
+    """Whether a GPU or this CPU's own instructions multiply bfloat16 numbers."""
+    capabilities = torch.cpu.get_capabilities()
+    return torch.cuda.is_available() or any(capabilities.get(n) for n in ("avx512_bf16", "amx_bf16"))
+
+
 class PercepNet(nn.Module):
     """Band gains and pitch-filter strengths from features, causally ([P] section 4).
 
     fast: while training, matrix products take bfloat16 inputs; weights, outputs and the states' sums stay
-    float32. In evaluation mode everything is float32. On a CPU it pays where bfloat16 is native (AVX512-BF16,
-    AMX): matrix products take half the time.
+    float32. In evaluation mode everything is float32. On a CPU matrix products take half the time where
+    bfloat16 is native, three times as long elsewhere; without a choice it is taken where it is native.
     """
 
-    def __init__(self, config: NetworkConfig | None = None, *, fast: bool = True) -> None:
+    def __init__(self, config: NetworkConfig | None = None, *, fast: bool | None = None) -> None:
         super().__init__()
-        self.fast = fast
+        self.fast = native_bfloat16() if fast is None else fast
         self.config = config = config or NetworkConfig()
         self.fc_in = nn.Linear(N_FEATURES, config.fc)
         self.conv1 = CausalConv(config.fc, config.conv, 5)
