@@ -81,7 +81,7 @@ class Server(uvicorn.Server):
             await self.grpc.stop()
             raise
         if self._until is not None:
-            asyncio.get_running_loop().add_reader(self._until, self.handle_exit, SIGTERM, None)
+            asyncio.get_running_loop().add_reader(self._until, self._orphaned, self._until)
         self._keeper = asyncio.create_task(self._keep_books())
         self._board.mine.ready = 1
         gc.collect()
@@ -119,6 +119,11 @@ class Server(uvicorn.Server):
         self.config.timeout_graceful_shutdown = max(1.0, deadline - time.monotonic())  # type: ignore[assignment]
         await super().shutdown(sockets)
         self._keeper.cancel()
+
+    def _orphaned(self, until: int) -> None:
+        """Begin to stop: the supervisor is gone."""
+        asyncio.get_running_loop().remove_reader(until)  # what has ended can be read for ever
+        self.handle_exit(SIGTERM, None)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop, on SIGTERM or SIGINT."""

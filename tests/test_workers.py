@@ -318,8 +318,18 @@ def test_a_port_that_is_taken_is_told(flag: str) -> None:
 
 
 def test_workers_end_with_their_supervisor(service: Service) -> None:
-    """The last test of this file: it ends the service of the others."""
+    """The last test of this file: it ends the service of the others. A stream may end first, and costs no
+    more than before."""
     workers = service.workers
-    service.process.kill()
+    with service.channel() as channel:
+        stream = opened(channel)
+        service.process.kill()
+        eventually(lambda: sum(worker.is_running() for worker in workers) == 1, "the end of the idle one")
+        (busy,) = (worker for worker in workers if worker.is_running())
+        used_before = sum(busy.cpu_times()[:2])
+        time.sleep(1)
+        assert sum(busy.cpu_times()[:2]) - used_before < 0.2
+        push([stream])
+        stream.end()
     _, alive = psutil.wait_procs(workers, TIMEOUT_SECONDS)
     assert not alive
