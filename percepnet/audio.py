@@ -47,6 +47,12 @@ MAX_CHUNKS = 1000
 WRITE_PIECE = 4096
 """Samples per channel handed to libsndfile at once: libvorbis dies of a long write, kept on its stack."""
 
+UNKNOWN_FRAMES = (1 << 63) - 1
+"""What libsndfile says of a FLAC that was written into a pipe."""
+
+MP3_LEFTOVER = 4096
+"""Bytes of frames at most that hold nothing but an MP3 encoder's padding."""
+
 PROMISE_TOLERANCE_SECONDS = 0.1
 """MP3 headers miscount by a few frames; what is missing beyond this was cut off."""
 
@@ -91,16 +97,18 @@ class AudioReader:
             except soundfile.LibsndfileError as error:
                 raise AudioError(f"the file is damaged or truncated: {error.error_string}") from error
             self._check_header()
+            self._file = file
             self._opened = opened.pop_all()
 
     def _check_header(self) -> None:
         self.sample_rate: int = self._sound.samplerate
         self.channels: int = self._sound.channels
         self.subtype: str = self._sound.subtype
-        self.n_samples: int = self._sound.frames
-        """Per channel, as the header promises."""
+        frames: int = self._sound.frames
+        self.n_samples = 0 if frames == UNKNOWN_FRAMES else frames
+        """Per channel, as the header promises; 0 if it does not say."""
         _check_rate(self.sample_rate)
-        if self.n_samples <= 0:
+        if frames <= 0:
             raise AudioError("the file holds no samples")
 
     def blocks(self, size: int) -> Iterator[np.ndarray]:
@@ -122,6 +130,22 @@ class AudioReader:
         if self.n_samples - done > PROMISE_TOLERANCE_SECONDS * self.sample_rate or not done:
             raise AudioError(
                 f"the file is truncated: its header promises {self.n_samples} samples, it holds {done}"
+                + (", or an MP3 of variable bit rate without a Xing header" if self._is_mp3 else "")
+            )
+        if self._is_mp3:
+            self._check_mp3_end(done)
+
+    @property
+    def _is_mp3(self) -> bool:
+        return str(self._sound.format) == "MP3"
+
+    def _check_mp3_end(self, done: int) -> None:
+        """Without a Xing header libsndfile takes the length from the first frame's bit rate, and stops there."""
+        rest = self._file.read(MP3_LEFTOVER + 1)
+        if len(rest) > MP3_LEFTOVER and _is_mpeg_frame(rest):
+            raise AudioError(
+                f"the MP3 goes on after the {done} samples that its start promises: it has a variable bit rate "
+                "and no Xing header, or is several files in one; convert it to FLAC or WAV"
             )
 
     def _read(self, size: int, done: int) -> np.ndarray:
@@ -174,7 +198,7 @@ class AudioWriter:
         file: BinaryIO | Path
         if isinstance(target, str | Path):
             self._path = Path(target).resolve()
-            file = self._partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
+            file = self._partial = self._path.with_name(f".{os.getpid()}-{id(self):x}.part")
             if self._path.exists() and not self._path.is_file():
                 raise ParameterError(f"{target} is there and is not a file")
             self._partial.touch()  # An unwritable folder is an OSError that names it.
@@ -298,30 +322,37 @@ def _check_start(file: BinaryIO) -> None:
     if not start:
         raise AudioError("the file is empty")
     is_wav = start[:4] in (b"RIFF", b"RF64") and start[8:12] == b"WAVE"
-    # An MPEG frame: eleven set bits, then a version and a layer that is not the reserved 0 (AAC has that).
-    is_mpeg = len(start) > 1 and start[0] == 0xFF and start[1] & 0xE0 == 0xE0 and start[1] & 0x06 != 0
-    if not (is_wav or is_mpeg or start[:4] in (b"fLaC", b"OggS") or start[:3] == b"ID3"):
+    if not (is_wav or _is_mpeg_frame(start) or start[:4] in (b"fLaC", b"OggS") or start[:3] == b"ID3"):
         raise UnsupportedAudioError(f"the file is not audio that is accepted here: {ACCEPTED}")
 
 
+def _is_mpeg_frame(data: bytes) -> bool:
+    """Eleven set bits, then a version and a layer that is not the reserved 0 (AAC has that)."""
+    return len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0 and data[1] & 0x06 != 0
+
+
 def _check_end(file: BinaryIO) -> None:
-    """Refuse a WAV with less data than its header promises and an Ogg whose last page is missing.
+    """Refuse a WAV with less data than its header promises, an Ogg whose last page is missing or another's.
 
     libsndfile reads such files as if they were shorter. FLAC and MP3 show while they are read.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    start = file.read(4)
-    if start in (b"RIFF", b"RF64"):
+    start = file.read(18)
+    if start[:4] in (b"RIFF", b"RF64"):
         promised, present = _wav_data(file, size)
         if present < promised:
             raise AudioError(
                 f"the file is truncated: its header promises {promised} bytes of audio, it holds {present}"
             )
-    if start == b"OggS":
+    if start[:4] == b"OggS":
         file.seek(max(0, size - 65_307))  # The longest page.
-        if not _ends_ogg(file.read()):
+        tail = file.read()
+        page = tail[tail.rfind(b"OggS") :]
+        if not _ends_ogg(page):
             raise AudioError("the file is truncated: its last Ogg page is missing or incomplete")
+        if page[14:18] != start[14:18]:
+            raise AudioError("the file holds several Ogg streams, which would be read as one; split it")
 
 
 def _check_rate(sample_rate: int) -> None:
@@ -353,9 +384,8 @@ def _wav_data(file: BinaryIO, size: int) -> tuple[int, int]:
     raise AudioError("the file is truncated: it ends before its audio begins")
 
 
-def _ends_ogg(tail: bytes) -> bool:
-    """Whether the last page is whole and marked as the end of its stream (RFC 3533, section 6)."""
-    page = tail[tail.rfind(b"OggS") :]
+def _ends_ogg(page: bytes) -> bool:
+    """Whether a page is whole and marked as the end of its stream (RFC 3533, section 6)."""
     if len(page) < 27 or not page[5] & 4:
         return False
     lengths = page[27 : 27 + page[26]]

@@ -193,6 +193,7 @@ def with_value(value: float, sample: int, channel: int) -> bytes:
 
 
 WAV = encoded("WAV", "PCM_16")
+MP3 = encoded("MP3", "MPEG_LAYER_III", n_samples=64_000)
 # A WAV's header: channels at byte 22, rate at 24, length of the data at 40.
 NOT_AUDIO = {
     "text": b"hello, this is not audio at all " * 100,
@@ -215,6 +216,9 @@ UNUSABLE = {
     "cut Vorbis header": (encoded("OGG", "VORBIS")[:60], "last Ogg page"),
     "Vorbis without its last byte": (encoded("OGG", "VORBIS")[:-1], "last Ogg page"),
     "cut Opus": (encoded("OGG", "OPUS", n_samples=60_000)[:-2_000], "last Ogg page"),
+    "two Vorbis in one": (encoded("OGG", "VORBIS") + encoded("OGG", "VORBIS"), "several Ogg streams"),
+    "two Opus in one": (encoded("OGG", "OPUS") + encoded("OGG", "OPUS"), "several Ogg streams"),
+    "two MP3 in one": (MP3 + MP3, "the MP3 goes on after the 64000 samples that its start promises"),
     "0 channels": (patched(WAV, 22, b"\0\0"), "damaged"),
     "rate 0": (patched(WAV, 24, bytes(4)), "a sample rate of 0 Hz; accepted are 8000 to 192000 Hz"),
     "rate 2 GHz": (patched(WAV, 24, b"\xff\xff\xff\x7f"), "2147483647 Hz; accepted are 8000 to 192000"),
@@ -249,7 +253,32 @@ def test_unusable_audio_is_refused_with_the_reason(kind, tmp_path):
 def test_a_cut_mp3_is_refused(capfd):
     """Its first frame promises the length. (The decoder complains on stderr, too.)"""
     with pytest.raises(AudioError, match="truncated: its header promises 64000 samples"):
-        read(io.BytesIO(encoded("MP3", "MPEG_LAYER_III", n_samples=64_000)[:-3_000]))
+        read(io.BytesIO(MP3[:-3_000]))
+
+
+@pytest.mark.parametrize(
+    ("louder", "message"), [(slice(0, 20_000), "goes on after"), (slice(20_000, None), "without a Xing header")]
+)
+def test_an_mp3_of_variable_bit_rate_without_its_length_is_not_cut_or_padded(louder, message, capfd):
+    """libsndfile guesses such a length from the first frame: too short if that is long, and the other way."""
+    samples = chirp(160_000)[0] * 0.0
+    samples[louder] = noise(160_000)[0, louder]
+    file = io.BytesIO()
+    with soundfile.SoundFile(file, "w", 16_000, 1, format="MP3", bitrate_mode="VARIABLE") as writer:
+        writer.write(samples)
+    data = file.getvalue()
+    assert read(io.BytesIO(data)).shape == (1, 160_000)
+    without = data[data.index(b"\xff\xf3", 4) :]  # the header takes the place of the first frame
+    with pytest.raises(AudioError, match=message):
+        read(io.BytesIO(without))
+
+
+def test_a_flac_from_a_pipe_promises_no_length_and_is_read_in_full():
+    flac = encoded("FLAC", "PCM_16")
+    piped = patched(flac, 21, bytes([flac[21] & 0xF0, 0, 0, 0, 0]))  # STREAMINFO's count of samples
+    with AudioReader(io.BytesIO(piped)) as reader:
+        assert reader.n_samples == 0
+    np.testing.assert_array_equal(read(io.BytesIO(piped)), read(io.BytesIO(flac)))
 
 
 @pytest.mark.parametrize("length", [b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"])
