@@ -44,7 +44,7 @@ image: $(VENV)/.created ## Take the steps of deploy/Dockerfile without Docker, a
 	$(BIN)/python tests/deploy/exercise_image.py
 
 # PyTorch comes in many builds: install the one for your machine into $(VENV) first, or get the default one.
-train: $(VENV)/.train $(CACHE)/cache.json ## Train the model: prepare DATA, train (goes on after a stop), export, evaluate
+train: $(OPINION) $(VENV)/.train $(CACHE)/cache.json ## Train the model: prepare DATA, train (goes on after a stop), export, evaluate
 	$(BIN)/percepnet train $(CACHE) $(RUN)/narrow --config percepnet/training/narrow.json $(ARGS)
 	$(BIN)/percepnet train $(CACHE) $(RUN)/wide --config percepnet/training/wide.json \
 		--start-from $(RUN)/narrow/checkpoint.pt $(ARGS)

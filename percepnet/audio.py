@@ -140,12 +140,12 @@ class AudioReader:
         return str(self._sound.format) == "MP3"
 
     def _check_mp3_end(self, done: int) -> None:
-        """Without a Xing header libsndfile takes the length from the first frame's bit rate, and stops there."""
+        """Without a Xing header libsndfile guesses the length from the first frame, and stops there."""
         rest = self._file.read(MP3_LEFTOVER + 1)
         if len(rest) > MP3_LEFTOVER and _is_mpeg_frame(rest):
             raise AudioError(
-                f"the MP3 goes on after the {done} samples that its start promises: it has a variable bit rate "
-                "and no Xing header, or is several files in one; convert it to FLAC or WAV"
+                f"the MP3 goes on after the {done} samples that its start promises: it has a variable bit "
+                "rate and no Xing header, or is several files in one; convert it to FLAC or WAV"
             )
 
     def _read(self, size: int, done: int) -> np.ndarray:

@@ -182,7 +182,7 @@ def _jobs(inputs: list[str], output: str, format: str | None) -> Iterator[tuple[
     folder = Path(output)
     sources = [pair for text in inputs for pair in _sources(text, folder)]
     to_folder = folder.is_dir() or output.endswith(os.sep)
-    if len(sources) == 1 and not Path(inputs[0]).is_dir() and not to_folder:
+    if len(sources) == 1 and sources[0][0] == Path(inputs[0]) and not to_folder:
         yield sources[0][0], folder
         return
     if folder.is_file() or (not to_folder and folder.suffix.lower() in READABLE_SUFFIXES):
@@ -205,7 +205,8 @@ def _sources(text: str, output: Path) -> Iterator[tuple[Path, Path]]:
             raise ParameterError(f"{text} is both IN and OUT; choose another folder as OUT")
         below = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in READABLE_SUFFIXES and p.is_file())
         # An output folder inside the input folder keeps what an earlier run wrote.
-        found = [p for p in below if not p.resolve().is_relative_to(output.resolve())]
+        inside = output.resolve().is_relative_to(path.resolve())
+        found = [p for p in below if not (inside and p.resolve().is_relative_to(output.resolve()))]
         if not found:
             raise ParameterError(f"{text} holds no audio files ({', '.join(READABLE_SUFFIXES)})")
         yield from ((p, p.relative_to(path)) for p in found)

@@ -257,7 +257,8 @@ def test_a_cut_mp3_is_refused(capfd):
 
 
 @pytest.mark.parametrize(
-    ("louder", "message"), [(slice(0, 20_000), "goes on after"), (slice(20_000, None), "without a Xing header")]
+    ("louder", "message"),
+    [(slice(0, 20_000), "goes on after"), (slice(20_000, None), "without a Xing header")],
 )
 def test_an_mp3_of_variable_bit_rate_without_its_length_is_not_cut_or_padded(louder, message, capfd):
     """libsndfile guesses such a length from the first frame: too short if that is long, and the other way."""

@@ -82,6 +82,18 @@ def test_patterns_and_several_files_go_into_a_folder(folder, model):
     assert files(folder / "out") == {"a1.wav", "a2.wav", "b.flac"}
 
 
+def test_a_pattern_goes_into_a_folder_though_it_matches_one_file(folder, model):
+    put(folder / "a1.wav")
+    assert main(["enhance", "a*.wav", "out", "--model", model]) == 0
+    assert files(folder / "out") == {"a1.wav"}
+
+
+def test_an_output_folder_may_hold_the_input_folder(folder, model):
+    put(folder / "out" / "in" / "a.wav")
+    assert main(["enhance", "out/in", "out", "--model", model]) == 0
+    assert files(folder / "out") == {"a.wav", "in/a.wav"}
+
+
 @pytest.mark.parametrize("out", ["out/", "there"])
 def test_one_file_goes_into_a_folder_that_is_there_or_is_named_so(folder, model, out):
     put(folder / "a.wav")

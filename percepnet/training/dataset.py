@@ -149,6 +149,8 @@ class Pool:
         self._seed = seed
         self._shards: dict[int, dict[str, np.ndarray]] = {}
         directory.mkdir(parents=True, exist_ok=True)
+        for unfinished in directory.glob("[0-9]*.partial"):
+            _remove(unfinished)
         self._publish_oldest(self._window(step).start)
         context = multiprocessing.get_context("spawn")
         self._workers: list[BaseProcess] = []
@@ -163,7 +165,16 @@ class Pool:
         end = self._config.first_shards + int(step / self._config.batches_per_shard)
         return range(max(0, end - self._config.shards), end)
 
+    def _forget(self, oldest: int) -> None:
+        """Remove the shards before one, those of an earlier process as well."""
+        self._shards = {index: shard for index, shard in self._shards.items() if index >= oldest}
+        self._publish_oldest(oldest)
+        for path in self._directory.glob("[0-9]" * 6):
+            if int(path.name) < oldest:
+                _remove(path)
+
     def _publish_oldest(self, index: int) -> None:
+        self._oldest = index
         partial = self._directory / "oldest.partial"
         partial.write_text(str(index))
         partial.rename(self._directory / "oldest")
@@ -181,10 +192,8 @@ class Pool:
     def batch(self, step: int, size: int) -> dict[str, np.ndarray]:
         """Draw examples for a step, the same for the same seed and step; fields as in `make_shard`."""
         window = self._window(step)
-        for index in [i for i in self._shards if i < window.start]:
-            del self._shards[index]
-            _remove(self._directory / f"{index:06d}")
-            self._publish_oldest(window.start)
+        if window.start > self._oldest:
+            self._forget(window.start)
         rng = np.random.default_rng((self._seed, step))
         total = len(window) * self._config.shard_examples
         draws = np.sort(rng.choice(total, size=min(size, total), replace=False))

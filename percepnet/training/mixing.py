@@ -11,7 +11,7 @@ from scipy import fft, signal
 
 from percepnet.constants import SAMPLE_RATE
 from percepnet.errors import ParameterError
-from percepnet.training.prepare import FULL_SCALE, active_rms, load_cache
+from percepnet.training.prepare import FULL_SCALE, PrepareError, active_rms, load_cache
 from percepnet.training.rooms import DIRECT
 
 _SPEED_STEPS = 50
@@ -108,6 +108,9 @@ class Mixer:
         self._speech = {name: column[usable] for name, column in speech.items()}
         self._noise_samples, noise = load_cache(cache, "noise")
         self._noise = {name: column[noise["split"] == split] for name, column in noise.items()}
+        for name, table in (("speech", self._speech), ("noise", self._noise)):
+            if not len(table["length"]):
+                raise PrepareError(f"the cache {cache} holds no usable {name} for the split {split!r}")
         self._response_samples, rooms = load_cache(cache, "rooms")
         if rooms:
             usable = (rooms["split"] == split) & (rooms["clarity_db"] >= self.config.clarity_min_db)

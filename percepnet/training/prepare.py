@@ -278,10 +278,14 @@ def _write_recordings(cache: Path, name: str, rows: list[dict[str, str]], progre
     seconds: dict[str, float] = defaultdict(float)
     for entry in table:
         seconds[entry[kind]] += entry["length"] / SAMPLE_RATE
-    for entry, recording in zip(table, recordings, strict=True):
-        pillar = seconds[entry[kind]] > PILLAR_SECONDS
-        held_out = is_held_out(recording if pillar else entry[kind])
-        entry["split"] = entry["split"] or ("valid" if held_out else "train")
+    alone = len(seconds) == 1
+    names = [
+        recording if alone or seconds[entry[kind]] > PILLAR_SECONDS else entry[kind]
+        for entry, recording in zip(table, recordings, strict=True)
+    ]
+    held_out = _held_out({name for name, entry in zip(names, table, strict=True) if not entry["split"]})
+    for entry, part in zip(table, names, strict=True):
+        entry["split"] = entry["split"] or ("valid" if part in held_out else "train")
     _write_table(cache / f"{name}.csv", table)
 
 
@@ -358,10 +362,21 @@ def _floor_db(samples: np.ndarray) -> float:
     return float(10 * np.log10(max(quiet, 1e-12) / max(active_rms(samples) ** 2, 1e-12)))
 
 
+def _hash(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+
+
 def is_held_out(name: str) -> bool:
     """Whether what has this name is for validation: a fixed hash decides, so that larger caches agree."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:4], "big") < VALID_SHARE * 2**32
+    return _hash(name) < VALID_SHARE
+
+
+def _held_out(names: set[str]) -> set[str]:
+    """Of these names the ones for validation: of several at least one, but never all."""
+    ordered = sorted(names, key=_hash)
+    count = sum(map(is_held_out, names))
+    return set(ordered[: min(max(count, 1), len(ordered) - 1)]) if ordered else set()
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from percepnet.model import MANIFEST_FILE, Manifest
 from percepnet.training.dataset import Pool, PoolConfig, validation_batches
 from percepnet.training.export import restore
 from percepnet.training.losses import LossConfig, SpectralLoss
+from percepnet.training.mixing import Mixer
 from percepnet.training.network import NetworkConfig, PercepNet, State
 from percepnet.training.opinion import OpinionPredictor
 
@@ -169,6 +170,7 @@ class Trainer:
     ) -> None:
         if config.opinion and opinion_model is None:
             raise ParameterError("a config with an opinion takes --opinion-model, DNSMOS's sig_bak_ovr.onnx")
+        Mixer(cache, split="valid", seed=config.seed)  # there must be something to validate with
         self.config = config
         self.directory = directory
         self.device = torch.device(device)
@@ -385,8 +387,6 @@ def run(arguments: argparse.Namespace) -> int:
     )
     try:
         trainer.run()
-    except KeyboardInterrupt:
-        trainer.save()
     finally:
         trainer.pool.close()
     return 0

@@ -30,7 +30,8 @@ def test_ports_and_signal_are_those_of_the_service() -> None:
 
 def test_health_is_asked_with_what_is_in_the_image() -> None:
     assert IMAGE.health_check[0] == "python"
-    assert f"http://127.0.0.1:{IMAGE.ports[0]}/healthz" in IMAGE.health_check[-1]
+    assert f"':{IMAGE.ports[0]}'" in IMAGE.health_check[-1]
+    assert "/healthz" in IMAGE.health_check[-1]
 
 
 def test_labels_tell_title_licence_and_origin() -> None:

@@ -10,6 +10,7 @@ from scipy import signal
 
 from percepnet import cli
 from percepnet.training import prepare as preparation
+from percepnet.training.mixing import Mixer
 from percepnet.training.prepare import (
     FULL_SCALE,
     PrepareError,
@@ -177,6 +178,18 @@ def test_speakers_belong_to_one_split_unless_they_are_pillars(
     assert all(len(split) == 1 for split in splits.values())
     assert {"train"} in splits.values()
     assert {"valid"} in splits.values()
+
+
+def test_few_recordings_leave_some_for_validation(tmp_path: Path, noise: Path) -> None:
+    """Whatever the hash says of their names; what is in a single recording can't be divided."""
+    for i in range(3):
+        (tmp_path / f"speaker {i}").mkdir()
+        soundfile.write(tmp_path / f"speaker {i}" / "a.wav", tone(300 + i, 2), 48_000)
+    folders = [tmp_path / f"speaker {i}" for i in range(3)]
+    prepare(tmp_path / "cache", speech=folders, noise=[noise], simulated_rooms=0, progress=False)
+    assert sorted(load_cache(tmp_path / "cache", "speech")[1]["split"]) == ["train", "train", "valid"]
+    with pytest.raises(PrepareError, match="no usable speech for the split 'valid'"):
+        Mixer(tmp_path / "cache", split="valid")  # pure tones: no pauses, and so a loud floor
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty folder", "not audio", "no file column"])
