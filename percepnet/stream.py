@@ -211,11 +211,13 @@ def enhance(
     *,
     controls: Controls = Controls(),
     enhancer: Enhancer | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Enhance a whole recording, with no delay against the input; each channel on its own.
 
     samples: (n,) or (n, channels) float32 or float64, full scale ±1; NaN and infinities count as silence.
-    sample_rate: 8000 to 192000 Hz. Returns float32 of the same shape. Raises ParameterError.
+    sample_rate: 8000 to 192000 Hz. progress: called after each block with the samples done and the samples
+    expected; may raise to stop. Returns float32 of the same shape. Raises ParameterError.
     """
     signal = _floats(samples)
     if signal.ndim not in (1, 2) or 0 in signal.shape[1:]:
@@ -230,6 +232,8 @@ def enhance(
     for block in _aligned(blocks, streams):
         by_channel[:, done : done + block.shape[1]] = block
         done += block.shape[1]
+        if progress is not None:
+            progress(done, len(signal))
     return output
 
 

@@ -1,6 +1,7 @@
 """The gRPC interface: live streams and short clips, health and reflection."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import replace
@@ -127,9 +128,12 @@ class GrpcServer:
         return server
 
     async def stop(self) -> None:
-        """Stop being healthy, let live streams end within the grace, cut off those that remain."""
+        """Stop being healthy, let streams, files and clips end within the grace, cut off those that remain."""
+        deadline = time.monotonic() + self._settings.shutdown_grace_seconds
         await self._health.enter_graceful_shutdown()
-        await asyncio.gather(self._streams.stop(), self._maxine.stop())
+        await self._streams.stop()
+        while (self._maxine.n_files or self._jobs.accepted) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
         await self._listener.stop(1)
         self._ticker.close()
         await self._jobs.close()
@@ -160,8 +164,14 @@ class GrpcServer:
         if not len(samples):
             raise ParameterError("audio: empty; at least one sample is needed")
 
-        def work(_: Checkpoint) -> bytes:
-            clean = enhance(samples, rate, controls=controls, enhancer=self._clip_enhancer)
+        def work(checkpoint: Checkpoint) -> bytes:
+            clean = enhance(
+                samples,
+                rate,
+                controls=controls,
+                enhancer=self._clip_enhancer,
+                progress=lambda done, expected: checkpoint(),
+            )
             return pcm.encode(clean, encoding).tobytes()
 
         with self._access.files.hold(caller.key), self._jobs.place():

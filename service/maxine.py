@@ -52,13 +52,8 @@ class Maxine:
     def __init__(self, streams: Streams, files: Files) -> None:
         self._streams = streams
         self._files = files
-        self._n_files = 0
-
-    async def stop(self) -> None:
-        """Let files end, within the grace."""
-        deadline = time.monotonic() + self._streams.settings.shutdown_grace_seconds
-        while self._n_files and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        self.n_files = 0
+        """Under way."""
 
     async def enhance_audio(self, context: grpc.aio.ServicerContext, caller: Caller) -> None:
         """Serve one RPC to its end; raises what ended it early."""
@@ -75,7 +70,7 @@ class Maxine:
     async def _enhance_file(self, talk: "_Talk", first: bytes, caller: Caller) -> None:
         """Take the whole file, enhance it, send it back; leaves a line in the log."""
         started, line = time.monotonic(), dict[str, Any](outcome="ok")
-        self._n_files += 1
+        self.n_files += 1
         try:
             if self._streams.stopping():
                 raise StoppingError("the server is stopping; try another one")
@@ -89,7 +84,7 @@ class Maxine:
             line["outcome"] = answer_for(error if isinstance(error, Exception) else ClientGoneError()).code
             raise
         finally:
-            self._n_files -= 1
+            self.n_files -= 1
             line["open_seconds"] = round(time.monotonic() - started, 3)
             logger.log(logging.INFO, "file streamed", extra={"fields": caller.fields | line})
 

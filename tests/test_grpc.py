@@ -5,6 +5,7 @@ stream does reaches another one, and nothing stays behind.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -21,6 +22,7 @@ from running import TIMEOUT_SECONDS, eventually
 
 from percepnet.enhancer import Enhancer
 from percepnet.errors import ParameterError
+from percepnet.model import Model
 from percepnet.stream import enhance
 from percepnet.synthesis import Controls
 from service.client import Client, LiveStream
@@ -398,6 +400,54 @@ def test_a_stream_that_outlives_the_grace_is_told(enhancer: Enhancer) -> None:
         with pytest.raises(grpc.RpcError) as told:
             speak_on(stream)
         assert told.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def clip(service: Service, samples: np.ndarray) -> Any:
+    """Send a clip; the answer is to come."""
+    request = pb.EnhanceClipRequest(sample_rate_hz=RATE, encoding=pb.ENCODING_F32LE, audio=samples.tobytes())
+    method = service.channel.unary_unary(
+        "/percepnet_service.v1.EnhancementService/EnhanceClip",
+        pb.EnhanceClipRequest.SerializeToString,
+        pb.EnhanceClipResponse.FromString,
+    )
+    return method.future(request, timeout=TIMEOUT_SECONDS)
+
+
+def test_a_server_that_stops_finishes_the_clips_it_has(random_model: Model, enhancer: Enhancer) -> None:
+    begun, stopping, samples = threading.Event(), threading.Event(), noise(5_000)
+
+    class Held(Enhancer):
+        def process(self, *arguments: Any) -> Any:
+            begun.set()
+            stopping.wait(TIMEOUT_SECONDS)
+            return super().process(*arguments)
+
+    choices = {"shutdown_grace_seconds": TIMEOUT_SECONDS, "max_streams": 1}
+    with serving(Held(random_model), **choices) as service:
+        call = clip(service, samples)
+        begun.wait(TIMEOUT_SECONDS)
+        service.server.should_exit = True
+        eventually(lambda: service.server.health.stopping, "the end")
+        time.sleep(1.5)  # longer than calls are left alone without a grace
+        stopping.set()
+        clean = np.frombuffer(call.result().audio, "<f4")
+    np.testing.assert_array_equal(clean, enhance(samples, RATE, enhancer=enhancer))
+
+
+def test_a_clip_that_nobody_waits_for_is_not_finished(random_model: Model) -> None:
+    blocks = []
+
+    class Slow(Enhancer):
+        def process(self, *arguments: Any) -> Any:
+            blocks.append(arguments)
+            time.sleep(0.05)
+            return super().process(*arguments)
+
+    with serving(Slow(random_model), max_streams=1) as service:
+        call = clip(service, noise(60 * RATE))
+        eventually(lambda: len(blocks) > 0, "the first block")
+        call.cancel()
+    assert len(blocks) < 30
 
 
 def test_a_taken_port_ends_the_process(enhancer: Enhancer, service: Service) -> None:
