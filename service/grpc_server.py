@@ -128,7 +128,7 @@ class GrpcServer:
         return server
 
     async def stop(self) -> None:
-        """Stop being healthy, let streams, files and clips end within the grace, cut off those that remain."""
+        """Stop being healthy, let streams, files and clips end within the grace, cut off the others."""
         deadline = time.monotonic() + self._settings.shutdown_grace_seconds
         await self._health.enter_graceful_shutdown()
         await self._streams.stop()
