@@ -16,6 +16,7 @@ from service.errors import (
     IdleError,
     SlowReaderError,
     StoppingError,
+    TooLargeError,
     answer_for,
     told,
 )
@@ -27,6 +28,12 @@ AHEAD_BYTES = 512 * 1024
 """Requests of one session that may wait besides what it may have unanswered: the 2.6 s, at 48 kHz in floats,
 that our client sends at once when it takes a stream up again. HTTP/2 would hold an RPC of its own back; here
 that would hold back all sessions."""
+
+REQUEST_BYTES = 64
+"""What each of them counts at least: memory is taken by the shortest one, too."""
+
+MAX_MESSAGE_BYTES = 2 * 1024 * 1024
+"""Requests of one message: our client sends 1 MiB and a little over."""
 
 MESSAGE_BYTES = 1024 * 1024
 """Answers of one message, and those that may wait for the caller to read: callers take 4 MiB by default."""
@@ -80,9 +87,9 @@ class Multiplex:
             writer = asyncio.create_task(self._write_answers())
             try:
                 while (data := await self._context.read()) is not grpc.aio.EOF:
-                    for request in messages.parse(pb.EnhanceStreamsRequest, data).sessions:
-                        self._take(request)
-                    await self._room.wait()
+                    for request in _parsed(data).sessions:
+                        await self._take(request)
+                        await self._room.wait()
                 for wire in self._wires.values():
                     wire.feed(None)
                 while self._wires:
@@ -106,8 +113,8 @@ class Multiplex:
                 self._there.set()
                 await asyncio.gather(writer, return_exceptions=True)
 
-    def _take(self, request: pb.SessionRequest) -> None:
-        """Bring a request to its session; one that is not open yet begins with it."""
+    async def _take(self, request: pb.SessionRequest) -> None:
+        """Bring a request to its session; one that is not open yet begins with it, or is refused."""
         number, kind = request.session_id, request.request.WhichOneof("payload")
         self._moved = time.monotonic()
         wire = self._wires.get(number)
@@ -119,7 +126,10 @@ class Multiplex:
                 return
             wire = self._wires[number] = _SessionWire(self, number)
             wire.task = asyncio.create_task(self._serve(number, wire))
-        wire.feed(request.request)
+            wire.feed(request.request)
+            await asyncio.sleep(0)  # it takes a place, or is refused, before more take memory
+        else:
+            wire.feed(request.request)
 
     async def _serve(self, number: int, wire: "_SessionWire") -> None:
         error: Exception | None = None
@@ -184,6 +194,12 @@ class Multiplex:
                 return
 
 
+def _parsed(data: bytes) -> pb.EnhanceStreamsRequest:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise TooLargeError(f"a message of {len(data)} bytes; accepted are {MAX_MESSAGE_BYTES}")
+    return messages.parse(pb.EnhanceStreamsRequest, data)
+
+
 class _SessionWire:
     """One session's part of the RPC."""
 
@@ -192,7 +208,7 @@ class _SessionWire:
     def __init__(self, multiplex: Multiplex, number: int) -> None:
         self._multiplex = multiplex
         self._number = number
-        self._requests: deque[pb.EnhanceStreamRequest | None] = deque()
+        self._requests: deque[bytes | None] = deque()  # parsed, each would keep its whole message
         self._waiting_bytes = 0
         self._is_ahead = False
         self._came: asyncio.Future[None] | None = None
@@ -202,8 +218,9 @@ class _SessionWire:
         self._is_ahead = self._is_ahead or self._waiting_bytes > AHEAD_BYTES
         if self._is_ahead:
             return
-        self._requests.append(request)
-        self._waiting_bytes += request.ByteSize() if request is not None else 0
+        data = None if request is None else request.SerializeToString()
+        self._requests.append(data)
+        self._waiting_bytes += _counted_bytes(data)
         if self._came is not None and not self._came.done():
             self._came.set_result(None)
 
@@ -215,9 +232,9 @@ class _SessionWire:
             self._came = asyncio.get_running_loop().create_future()
             await self._came
             self._came = None
-        request = self._requests.popleft()
-        self._waiting_bytes -= request.ByteSize() if request is not None else 0
-        return request
+        data = self._requests.popleft()
+        self._waiting_bytes -= _counted_bytes(data)
+        return None if data is None else pb.EnhanceStreamRequest.FromString(data)
 
     async def write(self, response: pb.EnhanceStreamResponse) -> None:
         """Send a response."""
@@ -226,3 +243,7 @@ class _SessionWire:
     def release(self, writer: asyncio.Task[None]) -> None:
         """Let go of an answer that waits for room."""
         writer.cancel()
+
+
+def _counted_bytes(data: bytes | None) -> int:
+    return 0 if data is None else max(len(data), REQUEST_BYTES)

@@ -222,6 +222,31 @@ def test_a_session_that_runs_ahead_ends_alone(channel):
     assert found[2][-1].ended.code == 0
 
 
+def test_waiting_requests_count_however_short_they_are(channel):
+    """Behind more audio than may be unanswered, while the caller does not read."""
+    mute = {"parameters": pb.Parameters()}
+    second = {"audio": noise(16_000).tobytes()}
+    short = [(1, mute)] * 20_000
+    found = by_session(opened(channel, [message((1, config()), (1, second), *short)]))
+    assert found[1][-1].ended.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert "sent ahead" in found[1][-1].ended.message
+
+
+def test_a_message_for_many_sessions_opens_or_refuses_one_after_the_other(channel):
+    """Not all before the first is answered: they take memory, and a session takes few bytes to ask for."""
+    responses = opened(channel, [message(*((number, {}) for number in range(5_000)))])
+    assert len(next(responses).sessions) < 50
+    ended = [part.ended.code for response in responses for part in response.sessions]
+    assert set(ended) == {grpc.StatusCode.INVALID_ARGUMENT.value[0]}
+
+
+def test_a_message_that_is_too_large_ends_the_rpc(channel):
+    audio = [(1, {"audio": bytes(64_000)})] * 33
+    with pytest.raises(grpc.RpcError, match="accepted are 2097152") as refused:
+        list(opened(channel, [message((1, config()), *audio)]))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 def test_other_streams_of_the_server_go_on(channel, server):
     with Client(f"127.0.0.1:{server.grpc.port}") as client, client.stream(16_000) as stream:
         list(opened(channel, [message((1, config()), (1, {"audio": b"x"}))]))
