@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
+from itertools import chain
 from tempfile import SpooledTemporaryFile
 from typing import Any, BinaryIO, cast
 
@@ -82,12 +83,17 @@ async def read_upload(request: Request, settings: Settings, resources: ExitStack
     try:
         if kind == "multipart/form-data":
             upload = await _read_form(limited, resources)
+            "".join([upload.name, *chain(*upload.fields)]).encode()  # some charsets decode to half characters
         elif kind.startswith("audio/") or kind in RAW_TYPES:
             upload = await _read_raw(limited, resources)
         else:
             raise MediaTypeError(f"{kind} is never audio; send {', '.join(RAW_TYPES)} or multipart/form-data")
     except ClientDisconnect as error:
         raise ClientGoneError("the caller hung up during the upload") from error
+    except UnicodeError as error:
+        raise BodyError(
+            f"{request.headers['content-type']}: the form is no text in this charset; send UTF-8"
+        ) from error
     if not upload.file.read(1):
         raise BodyError("the file is empty")
     upload.file.seek(0)

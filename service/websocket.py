@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from fastapi import WebSocket
-from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+from google.protobuf.json_format import MessageToDict, ParseDict
 
 from percepnet.errors import ParameterError
 from service.access import Access, peer_of
@@ -130,9 +130,10 @@ def _caller(websocket: WebSocket, access: Access) -> Caller:
 def _parse(text: str) -> pb.EnhanceStreamRequest:
     try:
         return ParseDict(json.loads(text), pb.EnhanceStreamRequest())
-    # The last two are protobuf's way to say that a value is of another shape than its field.
-    except (ValueError, RecursionError, ParseError, TypeError, AttributeError) as error:
-        raise ParameterError(f"the text is no EnhanceStreamRequest in JSON: {error}") from error
+    except Exception as error:  # protobuf has many for a value of another shape than its field
+        reason = error.__cause__ if isinstance(error, SystemError) else error  # whose own text tells nothing
+        told = f"the text is no EnhanceStreamRequest in JSON: {reason}"
+        raise ParameterError(told.encode(errors="backslashreplace").decode()) from error
 
 
 def _described(audio: pb.EnhancedAudio) -> dict[str, Any]:

@@ -370,6 +370,15 @@ def test_a_form_without_exactly_one_whole_file_is_refused(service: Service, requ
     assert_problem(service.http.post("/enhance", **request_), 400, "bad_body")
 
 
+@pytest.mark.parametrize(("charset", "name"), [("undefined", "mix"), ("utf-7", "+2AA-")])
+def test_a_form_that_is_no_text_in_its_charset_is_refused(service: Service, charset: str, name: str) -> None:
+    field = f'Content-Disposition: form-data; name="{name}"\r\n'
+    form = multipart("--b", FILE_PART, "RIFF", "--b", field, "1", "--b--", "")
+    form["headers"]["Content-Type"] += f"; charset={charset}"
+    told = f"charset={charset}: the form is no text in this charset"
+    assert_problem(service.http.post("/enhance", **form), 400, "bad_body", told)
+
+
 def test_an_upload_is_cut_off_at_the_limit_when_no_length_is_declared(service: Service) -> None:
     taken = 0
 

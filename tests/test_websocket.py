@@ -158,6 +158,10 @@ def test_parameters_flushes_and_reports_come_as_texts(service: Service) -> None:
         ([{"config": CONFIG | {"sample_rate_hz": 7_999}}], "config.sample_rate_hz: 7999; accepted are 8000"),
         ([{"config": CONFIG | {"sample_rate_hz": -1}}], "sample_rate_hz"),
         ([{"config": CONFIG | {"encoding": "MP3"}}], "MP3"),
+        ([{"config": CONFIG | {"encoding": float("inf")}}], "infinity"),
+        ([{"config": CONFIG | {"encoding": "\ud800"}}], "encode character '\\ud800'"),
+        ([{"config": CONFIG | {"parameters": {"mix": "\ud800"}}}], r"parse float: \ud800"),
+        ([{"\ud800": 1}], "encode character '\\ud800'"),
         ([{"config": {"sample_rate_hz": RATE}}], "config.encoding: 0; accepted are ENCODING_S16LE and"),
         ([{"config": CONFIG | {"parameters": {"mix": "NaN"}}}], "config.parameters.mix: nan"),
         (
