@@ -1,8 +1,5 @@
 """Files on the engine of live streams: they get what the streams leave."""
 
-import threading
-import time
-
 import numpy as np
 
 from percepnet.constants import HOP
@@ -20,14 +17,13 @@ _LONGEST_WAIT_SECONDS = 0.1
 class BehindLive(Enhancer):
     """An enhancer for files that stands back while live streams have work.
 
-    enhancer: does the work. engine: of the live streams.
+    enhancer: does the work. engine: of the live streams. It is used in threads that do nothing but files.
     """
 
     def __init__(self, enhancer: Enhancer, engine: Engine) -> None:
         super().__init__(enhancer.model)
         self._enhancer = enhancer
         self._engine = engine
-        self._counting = threading.Lock()
 
     def process(
         self, samples: np.ndarray, state: EnhancerState, controls: Controls | FrameControls = Controls()
@@ -38,10 +34,8 @@ class BehindLive(Enhancer):
         while done < samples.shape[1]:
             self._engine.quiet.wait(_LONGEST_WAIT_SECONDS)
             size = PIECE_FRAMES * HOP if self._engine.active else samples.shape[1]
-            started = time.thread_time()
             piece, state = self._enhancer.process(samples[:, done : done + size], state, controls)
-            with self._counting:
-                self._engine.cpu.files += time.thread_time() - started
+            self._engine.cpu.count_file()
             pieces.append(piece)
             done += size
         return np.concatenate(pieces, axis=1), state

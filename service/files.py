@@ -32,7 +32,7 @@ class Files:
         self._access = access
         self._metrics = metrics
         at_once = math.ceil(settings.file_workers / len(metrics.board.slots))
-        self._jobs = FileJobs(at_once, settings.max_requests, metrics.board)
+        self._jobs = FileJobs(at_once, settings.max_requests, metrics.board, cpu=metrics.cpu)
         metrics.files_capacity = settings.max_requests
         metrics.files_waiting.set_function(lambda: self._jobs.waiting)
 

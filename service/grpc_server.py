@@ -69,7 +69,7 @@ class GrpcServer:
         self._streams = streams
         self._engine = streams.engine
         self._maxine = Maxine(streams, files)
-        self._jobs = FileJobs(1, MAX_CLIPS)
+        self._jobs = FileJobs(1, MAX_CLIPS, cpu=streams.metrics.cpu)
         self._board = streams.metrics.board
         self._health = health_aio.HealthServicer()
         self.port = 0

@@ -14,6 +14,7 @@ from typing import Self, TypeVar
 
 from service import cores
 from service.board import Board
+from service.cpu import CpuStages
 from service.errors import BusyError, ClientGoneError
 
 Result = TypeVar("Result")
@@ -65,11 +66,14 @@ class FileJobs:
     """Admission of files, and the CPU turns of those of one process.
 
     workers: files worked on at an instant, in this process. limit: files held at once, by all processes on
-    the board.
+    the board. cpu: keeps the books of what they take.
     """
 
-    def __init__(self, workers: int, limit: int, board: Board | None = None) -> None:
+    def __init__(
+        self, workers: int, limit: int, board: Board | None = None, *, cpu: CpuStages | None = None
+    ) -> None:
         self.limit = limit
+        self._cpu = cpu or CpuStages()
         self._board = board or Board()
         self._turns = Turns(workers)
         self._threads = ThreadPoolExecutor(limit, "file", initializer=cores.stand_back)
@@ -113,7 +117,10 @@ class FileJobs:
 
         def in_turn() -> Result:
             with self._turns:
-                return work(checkpoint)
+                try:
+                    return work(checkpoint)
+                finally:
+                    self._cpu.count_file()
 
         job = asyncio.get_running_loop().run_in_executor(self._threads, in_turn)
         try:

@@ -579,6 +579,20 @@ def test_metrics_count_what_was_done(enhancer: Enhancer) -> None:
         assert "process_cpu_seconds_total" in response.text
 
 
+def test_all_that_a_file_takes_is_booked_as_files(service: Service) -> None:
+    """Decoding, resampling and encoding too, which is half of it here."""
+
+    def taken() -> tuple[float, float]:
+        booked = service.metric('percepnet_cpu_seconds_total{stage="files"}')
+        return booked, service.metric("percepnet_file_cpu_seconds_total")
+
+    before = taken()
+    assert service.enhance(encoded(recording(9, 44_100), 44_100), format="ogg").status_code == 200
+    booked, in_all = np.subtract(taken(), before)
+    assert in_all > 0
+    assert booked >= in_all
+
+
 def test_each_request_leaves_one_line_of_json_without_audio(
     service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
