@@ -143,6 +143,8 @@ class Session:
         self.row = row
         self.options = options
         self.answers: deque[Answer] = deque()
+        self.queued_samples = 0
+        """Samples asked for whose answers were not taken yet."""
         self.error: Exception | None = None
         self.n_samples = 0  # over all passages, for the books
         self.n_passages = 0  # that were flushed
@@ -180,9 +182,15 @@ class Session:
         return len(self._frames) // HOP
 
     @property
-    def queued_samples(self) -> int:
-        """Samples asked for whose answers were not taken yet."""
-        return sum(asked.n_samples for asked in self._asked) + sum(a.n_samples for a in self.answers)
+    def n_unanswered(self) -> int:
+        """Messages whose answers were not taken yet."""
+        return len(self._asked) + len(self.answers)
+
+    def take_answer(self) -> Answer:
+        """The oldest of the answers."""
+        answer = self.answers.popleft()
+        self.queued_samples -= answer.n_samples
+        return answer
 
     def push(self, samples: np.ndarray, now: float) -> None:
         """Take the samples of one message, float32 (n,); not while a flush is under way."""
@@ -308,6 +316,7 @@ class Session:
 
     def _ask(self, asked: _Asked) -> None:
         self._n_asked += asked.n_samples
+        self.queued_samples += asked.n_samples
         self._asked.append(asked)
 
     def _hear(self, samples: np.ndarray, now: float) -> None:

@@ -24,6 +24,14 @@ from service.settings import Settings
 MAX_NOT_BEGUN = 256
 """Streams that were opened and have not sent their first message: they cost no place, but some memory."""
 
+MAX_UNANSWERED = 1024
+"""Messages of a stream that may be unanswered, however short they are: 480 of one sample each may have to
+wait for the rest of their frame."""
+
+_BURST = 16
+"""Unanswered messages from which on all others have a turn before the next one is taken: a wire may bring
+thousands at once."""
+
 _STOPPING = "the server is stopping; open the stream elsewhere"
 
 
@@ -240,7 +248,6 @@ class Conversation:
 
     async def _read_messages(self, session: Session) -> pb.HandOver | None:
         """Take messages up to the end, or to what asks for the stream's state."""
-        limit = round(self._streams.settings.stream_queue_seconds * session.options.sample_rate)
         longest = session.options.sample_rate * messages.MAX_MESSAGE_SECONDS
         begins, ended = True, False
         while not ended:
@@ -250,11 +257,11 @@ class Conversation:
             if kind == "audio":
                 assert request is not None
                 session.push(messages.samples(request.audio, session.options.encoding, longest), now)
-                while session.queued_samples > limit:
-                    await self._wait_for_room()
+                await self._keep_up(session)
             elif kind == "parameters":
                 assert request is not None
                 session.update(messages.controls(request.parameters, "parameters"), now)
+                await self._keep_up(session)
             elif kind in ("flush", "end"):
                 passages = session.n_passages
                 session.flush(now)
@@ -276,6 +283,14 @@ class Conversation:
                 )
             begins = False
         return None
+
+    async def _keep_up(self, session: Session) -> None:
+        """Wait while too much of what came is not answered."""
+        if session.n_unanswered >= _BURST:
+            await asyncio.sleep(0)
+        limit = round(self._streams.settings.stream_queue_seconds * session.options.sample_rate)
+        while session.queued_samples > limit or session.n_unanswered > MAX_UNANSWERED:
+            await self._wait_for_room()
 
     async def _wait_for_room(self) -> None:
         self._room.clear()
@@ -299,7 +314,7 @@ class Conversation:
             self._answered.clear()
             self._room.set()  # a flush may be done
             while session.answers:
-                answer = session.answers.popleft()
+                answer = session.take_answer()
                 response = messages.response(answer, session, self._streams.stopping())
                 took = time.monotonic() - answer.since
                 await self._write(response)
