@@ -76,10 +76,10 @@ class GrpcServer:
 
     async def start(self, state: Health) -> None:
         """Listen; raises RuntimeError if the address cannot be had. state: whether the process stops."""
-        self._streams.start(lambda: state.stopping)
+        self._listener = Listener(self._build, self._board)
+        self._streams.start(lambda: state.stopping, self._listener.stream_opened)
         self._ticker = Ticker(self._engine)
         wakeups.gather(asyncio.get_running_loop())
-        self._listener = Listener(self._build, self._board)
         await self._listener.start()
         for service in ("", SERVICE, maxine.SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -139,15 +139,12 @@ class GrpcServer:
         await self._jobs.close()
 
     async def _enhance_stream(self, _: Any, context: grpc.aio.ServicerContext) -> None:
-        self._listener.stream_opened()
         await _guard(context, self._streams.converse(_GrpcWire(context), _caller(context)))
 
     async def _enhance_streams(self, _: Any, context: grpc.aio.ServicerContext) -> None:
-        self._listener.stream_opened()
         await _guard(context, Multiplex(self._streams, context, _caller(context)).run())
 
     async def _enhance_audio(self, _: Any, context: grpc.aio.ServicerContext) -> None:
-        self._listener.stream_opened()
         await _guard(context, self._maxine.enhance_audio(context, _caller(context)))
 
     async def _enhance_clip(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:

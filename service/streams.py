@@ -79,11 +79,13 @@ class Streams:
         self.metrics = metrics
         self.seals = Seals(settings)
         self.stopping: Callable[[], bool] = lambda: False
+        self._opened: Callable[[], None] = lambda: None
         self._conversations: set[Member] = set()
 
-    def start(self, stopping: Callable[[], bool]) -> None:
-        """Watch over the streams. stopping: whether new ones are refused."""
+    def start(self, stopping: Callable[[], bool], opened: Callable[[], None]) -> None:
+        """Watch over the streams. stopping: whether new ones are refused. opened: told of each that comes."""
         self.stopping = stopping
+        self._opened = opened
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
@@ -100,6 +102,7 @@ class Streams:
 
     async def converse(self, wire: Wire, caller: Caller, *, shares_messages: bool = False) -> None:
         """Serve one stream to its end; raises what ended it early. shares_messages: with other streams."""
+        self._opened()
         conversation = Conversation(self, wire, caller, shares_messages)
         with self.watched(conversation):
             await conversation.run()

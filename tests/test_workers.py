@@ -3,6 +3,7 @@
 Invariant: the loss of a worker costs the streams that it had, and nothing else.
 """
 
+import asyncio
 import json
 import re
 import signal
@@ -24,6 +25,7 @@ from conftest import export_random_model
 from prometheus_client.parser import text_string_to_metric_families
 from running import TIMEOUT_SECONDS, eventually
 
+from service.client import AsyncClient, Client
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts processes as Linux does")
@@ -167,6 +169,26 @@ def test_streams_over_one_connection_reach_all_workers(service: Service) -> None
         for stream in streams:
             stream.end()
         service.wait_for("percepnet_streams_active", 0)
+
+
+def test_the_sessions_of_a_client_reach_all_workers(service: Service) -> None:
+    samples = np.zeros(RATE // 100, np.float32)
+    with Client(service.target, multiplex=True) as client:
+        streams = [client.stream(RATE) for _ in range(8)]
+        for stream in streams:
+            assert len(stream.push(samples)) == len(samples)
+            stream.end()
+    service.wait_for("percepnet_streams_active", 0)
+
+    async def main() -> None:
+        async with AsyncClient(service.target, multiplex=True) as client:
+            streams = [await client.stream(RATE) for _ in range(8)]
+            for stream in streams:
+                assert len(await stream.push(samples)) == len(samples)
+                await stream.end()
+
+    asyncio.run(main())
+    service.wait_for("percepnet_streams_active", 0)
 
 
 def test_cpu_figures_are_those_of_the_operating_system(service: Service) -> None:

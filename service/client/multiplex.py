@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from service.client.conversation import SERVICE, Request, Response
+from service.client.pods import is_full
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
 METHOD = f"{SERVICE}/EnhanceStreams"
@@ -114,6 +115,7 @@ class Trunk:
         self._batches = _Batches()
         self._changed = threading.Condition()
         self._over = False
+        self._full = False
 
     def start(self) -> None:
         """Call the server."""
@@ -124,9 +126,9 @@ class Trunk:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def session(self, timeout_seconds: float | None) -> "Session | None":
-        """Open a session; None if this RPC is over."""
+        """Open a session; None if this RPC is over, or the worker at its other end full."""
         with self._changed:
-            if self._over:
+            if self._over or self._full:
                 return None
             number = next(self._numbers)
             session = self._sessions[number] = Session(self, number, timeout_seconds)
@@ -165,6 +167,7 @@ class Trunk:
             session = self._sessions.get(number)
             if session is None:
                 return
+            self._full = self._full or is_full(told)
             session.told.put(told)
             if not isinstance(told, Response):
                 del self._sessions[number]
@@ -231,6 +234,7 @@ class AsyncTrunk:
         self._batches = _Batches()
         self._there = asyncio.Event()
         self._over = False
+        self._full = False
 
     def start(self) -> None:
         """Call the server."""
@@ -241,8 +245,8 @@ class AsyncTrunk:
         self._tasks = [asyncio.create_task(self._speak()), asyncio.create_task(self._listen())]
 
     def session(self, timeout_seconds: float | None) -> "AsyncSession | None":
-        """Open a session; None if this RPC is over."""
-        if self._over:
+        """Open a session; None if this RPC is over, or the worker at its other end full."""
+        if self._over or self._full:
             return None
         number = next(self._numbers)
         session = self._sessions[number] = AsyncSession(self, number, timeout_seconds)
@@ -284,6 +288,7 @@ class AsyncTrunk:
         session = self._sessions.get(number)
         if session is None:
             return
+        self._full = self._full or is_full(told)
         session.told.put_nowait(told)
         if not isinstance(told, Response):
             del self._sessions[number]

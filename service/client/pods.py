@@ -249,7 +249,7 @@ class Attempts:
         elif error.code() in _LOST:
             self._pods.avoid(address)
             # That one server is full says more than that another one is not there.
-            if not _is_full(self._error):
+            if not is_full(self._error):
                 self._error = error
         else:
             raise error
@@ -274,7 +274,8 @@ def pushback_seconds(error: grpc.RpcError) -> float | None:
     return None
 
 
-def _is_full(error: Exception | None) -> bool:
+def is_full(error: object) -> bool:
+    """Whether a server has no room, or none for this caller."""
     return isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
