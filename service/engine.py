@@ -130,6 +130,8 @@ class _Asked:
     since: float
     flushed: bool = False
     controls: Controls | None = None
+    position: int = 0
+    """Of the first sample that new controls apply to."""
 
 
 class Session:
@@ -201,9 +203,10 @@ class Session:
         self._hear(samples, now)
 
     def update(self, controls: Controls, now: float) -> None:
-        """Change the parameters from the next frame on; at once if the passage has not begun."""
+        """Change the parameters from the next enhanced frame on; at once if the passage has not begun."""
         self._engine.aim(self.row, controls, at_once=not self._n_heard)
-        self._ask(_Asked(0, now, controls=controls))
+        position = max(0, self._n_made - self._adapter.latency_samples)
+        self._ask(_Asked(0, now, controls=controls, position=position))
         self._settle(now)
 
     def flush(self, now: float) -> None:
@@ -361,8 +364,7 @@ class Session:
 
     def _answer(self, asked: _Asked, since: float) -> Answer:
         if asked.controls is not None:
-            position = max(0, self._n_made - self._adapter.latency_samples)
-            return Answer(since, position, controls=asked.controls)
+            return Answer(since, asked.position, controls=asked.controls)
         position = self._n_answered + self._shift
         dry = self._n_answered < self._dry[1] and self._dry[0] < self._n_answered + asked.n_samples
         self._n_answered += asked.n_samples

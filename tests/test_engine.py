@@ -181,6 +181,24 @@ def test_new_parameters_ramp_without_a_click(engine, enhancer):
     assert np.abs(np.diff(output[20 * HOP :], 2)).max() < 1.5 * steepest
 
 
+@pytest.mark.parametrize("n_waiting", [0, 1, 3])
+def test_the_position_of_new_parameters_is_that_of_the_first_changed_sample(engine, n_waiting):
+    """Also while frames wait: the parameters count for those already."""
+    changed, same = (opened(engine, message_samples=HOP) for _ in range(2))
+    for i, chunk in enumerate(np.split(noise(30 * HOP), 30)):
+        if i == 20:
+            changed.update(Controls(mix=0), 0.0)
+        for session in (changed, same):
+            session.push(chunk, 0.0)
+        if not 20 - n_waiting <= i < 20:
+            drain(engine)
+    answers = taken(changed)
+    (updated,) = (answer for answer in answers if answer.controls is not None)
+    first = np.flatnonzero(audio(answers) != audio(taken(same)))[0]
+    assert updated.position == (20 - n_waiting) * HOP - 1440
+    assert 0 <= first - 1440 - updated.position < 10
+
+
 def test_per_stream_controls_give_the_same_samples_as_one_for_all(enhancer):
     samples = np.stack([noise(HOP * 6, seed) for seed in range(5)])
     choices = [

@@ -49,7 +49,8 @@ class Mark(Enum):
 
 
 Item = np.ndarray | Controls | Mark
-"""What can be sent: samples, float32 (n,) with full scale ±1; parameters from here on; a mark."""
+"""What can be sent: samples, float32 (n,) with full scale ±1; parameters, for what is not enhanced yet; a
+mark."""
 
 
 @dataclass(frozen=True)
