@@ -103,6 +103,7 @@ class Report:
 
     speech_probability: float
     pitch_hz: float
+    """Of the voiced frames; 0 if there are none."""
     mean_gain: float
 
 
@@ -174,7 +175,7 @@ class Session:
         self._made: deque[np.ndarray] = deque()
         self._n_there = 0  # samples made and not yet answered with
         self._asked: deque[_Asked] = deque()
-        self._report = np.zeros(4)  # sums over frames, and their number
+        self._report = np.zeros(5)  # sums over frames, their number, and that of voiced ones
         self._drop = self._lead_in
         self._keep(np.zeros(self._prefill, options.encoding))
 
@@ -257,7 +258,7 @@ class Session:
             first = self._dry[0] if self._dry[1] > self._n_answered else start
             self._dry = first, self._n_answered + self._n_there
         if found is not None:
-            self._report += (*found.sum(axis=1), found.shape[1])
+            self._report += (*found.sum(axis=1), found.shape[1], np.count_nonzero(found[1]))
         self._settle(self._since)
 
     def save(self) -> snapshot.Arrays:
@@ -286,7 +287,7 @@ class Session:
             raise SnapshotError("resume.state: of a stream with another config")
         counts = snapshot.take(arrays, "counts", np.int64, 5).tolist()
         self._n_heard, self._n_asked, self._n_answered, self._n_made, self._drop = counts
-        self._report = snapshot.take(arrays, "report", np.float64, 4)
+        self._report = snapshot.take(arrays, "report", np.float64, 5)
         self._made = deque([snapshot.take(arrays, "made", self.options.encoding, None)])
         self._n_there = len(self._made[0])
         self._adapter.restore(arrays, "adapter")
@@ -372,7 +373,8 @@ class Session:
         audio = self._take(asked.n_samples)
         answer = Answer(since, position, audio, asked.n_samples, asked.flushed, dry=dry)
         if self._report[3]:
-            answer.report = Report(*(float(total / self._report[3]) for total in self._report[:3]))
+            speech, pitch, gain, n_frames, n_voiced = self._report.tolist()
+            answer.report = Report(speech / n_frames, pitch / max(1, n_voiced), gain / n_frames)
             self._report[:] = 0
         return answer
 

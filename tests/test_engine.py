@@ -243,6 +243,23 @@ def test_reports_are_means_of_the_frames_since_the_last_one(engine):
     assert taken(silent)[0].report is None
 
 
+def test_the_reported_pitch_is_that_of_the_voiced_frames(engine):
+    each, together = opened(engine, message_samples=HOP, report=True), opened(engine, report=True)
+    voice = 0.1 * np.sign(np.sin(2 * np.pi * 200 * np.arange(10 * HOP) / 48_000))
+    samples = np.concatenate([np.zeros(20 * HOP), voice]).astype(np.float32)
+    for frame in np.split(samples, 30):
+        each.push(frame, 0.0)
+    together.push(samples, 0.0)
+    drain(engine)
+    reports = [answer.report for answer in taken(each) if answer.report is not None]
+    voiced = [report.pitch_hz for report in reports if report.pitch_hz]
+    assert 0 < len(voiced) < len(reports)
+    (answer,) = taken(together)
+    assert answer.report is not None
+    assert answer.report.pitch_hz == pytest.approx(np.mean(voiced))
+    assert 62.5 <= answer.report.pitch_hz <= 500
+
+
 def test_streams_beyond_the_capacity_are_refused_and_places_are_given_back(engine):
     sessions = [opened(engine) for _ in range(4)]
     with pytest.raises(BusyError, match="all 4 live streams"):
