@@ -80,11 +80,13 @@ class Room:
     sharing: float = 1.0
     """What a stream takes that shares its messages, in all."""
 
+    def __post_init__(self) -> None:
+        self._whole = self.left
+
     def cost(self, options: Options) -> float:
-        """What a stream takes."""
-        if options.shares_messages:
-            return self.sharing
-        return self.stream + self.message * options.messages_per_frame
+        """What a stream takes; at most all there is, so that one alone is served however it sends."""
+        apart = self.stream + self.message * options.messages_per_frame
+        return min(self.sharing if options.shares_messages else apart, self._whole)
 
     @property
     def plain_streams(self) -> int:

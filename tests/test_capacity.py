@@ -58,6 +58,18 @@ def test_fewer_messages_leave_room_for_more_streams(
 
 
 @pytest.mark.usefixtures("steady")
+def test_a_stream_of_the_shortest_messages_is_taken_alone(random_model: Model) -> None:
+    enhancer = Enhancer(random_model)
+    engine = Engine(enhancer, capacity.measure(enhancer, 0.5), Metrics(random_model))
+    session = engine.open(Options(48_000, message_samples=1), lambda: None)
+    assert engine.capacity == 1
+    with pytest.raises(BusyError, match="all 1 live streams"):
+        engine.open(Options(48_000, message_samples=480), lambda: None)
+    engine.close(session)
+    assert engine.capacity == 12
+
+
+@pytest.mark.usefixtures("steady")
 def test_sessions_that_share_messages_take_less(random_model: Model) -> None:
     room = capacity.measure(Enhancer(random_model))
     alone, sharing = Options(16_000, message_samples=160), Options(16_000, shares_messages=True)
