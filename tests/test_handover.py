@@ -471,6 +471,39 @@ def test_an_asyncio_client_moves_with_its_state(
     np.testing.assert_array_equal(output, enhance(samples, RATE, enhancer=enhancer))
 
 
+def test_a_stream_whose_end_was_sent_ends_where_it_is(replacement: Replacement) -> None:
+    samples = noise(4_000)
+
+    async def speak(client: AsyncClient) -> tuple[AsyncLiveStream, list[np.ndarray]]:
+        stream = await client.stream(RATE, compensate_delay=True)
+        outputs = [await stream.push(samples[:2_000])]
+        await asyncio.to_thread(stopping.wait)
+        for item in (samples[2_000:], Mark.END):
+            await stream.send(item)
+        outputs += [answer.samples for _ in range(2) if (answer := await stream.receive()) is not None]
+        return stream, outputs
+
+    async def main() -> tuple[AsyncLiveStream, list[np.ndarray]]:
+        async with AsyncClient("calls:50051", resolver=replacement) as client:
+            return await speak(client)
+
+    stopping = threading.Event()
+    with ThreadPoolExecutor() as pool, Client("calls:50051", resolver=replacement) as client:
+        other = pool.submit(asyncio.run, main())
+        stream = client.stream(RATE, compensate_delay=True)
+        outputs = [stream.push(samples[:2_000])]
+        eventually(lambda: replacement.active == 2, "both streams")
+        replacement.stop()
+        stopping.set()
+        for item in (samples[2_000:], Mark.END):
+            stream.send(item)
+        outputs += [answer.samples for _ in range(2) if (answer := stream.receive()) is not None]
+        results = [(stream, outputs), other.result()]
+    for call, heard in results:
+        assert (call.handovers, call.reconnections) == (0, 0)
+        assert sum(map(len, heard)) == len(samples)
+
+
 def test_a_client_whose_state_is_refused_begins_afresh(
     replacement: Replacement, enhancer: Enhancer, keys: Path
 ) -> None:

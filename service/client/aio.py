@@ -267,6 +267,8 @@ class AsyncLiveStream(BaseStream[_Connection]):
         self._may_move = time.monotonic() + MOVE_SECONDS
         pods, old = self._client.pods, self._connection
         async with self._writing:
+            if self._talk.ending:  # soon, and with all of its memory
+                return
             pods.avoid(old.address, LOOK_UP_SECONDS)
             await self._client.refresh(Attempts(pods, 0))
             address = pods.choose()

@@ -171,9 +171,13 @@ class Conversation:
 
     @property
     def movable(self) -> bool:
-        """Whether the server would hand the stream over, and the stream has not ended meanwhile."""
-        ending = bool(self._asked) and self._asked[-1].HasField("end")
-        return bool(self.started.challenge) and not ending
+        """Whether the server would hand the stream over."""
+        return bool(self.started.challenge)
+
+    @property
+    def ending(self) -> bool:
+        """Whether the end was asked for, and its answer is still to come."""
+        return bool(self._asked) and self._asked[-1].HasField("end")
 
     def hand_over(self, elsewhere: Response) -> Request:
         """Asks for the stream's state, for the server that answered an opening's first message."""

@@ -239,6 +239,8 @@ class LiveStream(BaseStream[_Connection]):
         self._may_move = time.monotonic() + MOVE_SECONDS
         pods, old = self._client.pods, self._connection
         with self._changed:
+            if self._talk.ending:  # soon, and with all of its memory
+                return
             pods.avoid(old.address, LOOK_UP_SECONDS)
             self._client.refresh(Attempts(pods, 0))
             address = pods.choose()
