@@ -43,6 +43,9 @@ PIECE_BYTES = 64 * 1024
 CHUNKS = {480 * pcm.F32LE.itemsize: 48_000, 160 * pcm.F32LE.itemsize: 16_000}
 """Bytes of 10 ms, and the sample rate that they tell."""
 
+_WAV = (b"RIFF", b"RF64")
+"""How a WAV file begins; after four bytes more comes its kind."""
+
 _Result = TypeVar("_Result")
 
 
@@ -59,10 +62,10 @@ class Maxine:
         """Serve one RPC to its end; raises what ended it early."""
         talk = _Talk(context)
         limit = self._streams.settings.stream_idle_seconds
-        first = await _within(limit, talk.audio(), IdleError(f"nothing was sent for {limit:g} s"))
+        first = await _within(limit, talk.beginning(), IdleError(f"nothing was sent for {limit:g} s"))
         if first is None:
             return
-        if first[:4] in (b"RIFF", b"RF64") and first[8:12] == b"WAVE":
+        if first[:4] in _WAV and first[8:12] == b"WAVE":
             await self._enhance_file(talk, first, caller)
         else:
             await self._streams.converse(_LiveWire(talk, first), caller)
@@ -140,6 +143,16 @@ class _Talk:
                 return request.audio_stream_data
             await self.confirm(self.controls.mix)
         return None
+
+    async def beginning(self) -> bytes | None:
+        """The first audio, with as much of what follows as tells a WAV file by its head; None without any."""
+        data = await self.audio()
+        while data is not None and len(data) < 12 and any(head.startswith(data[:4]) for head in _WAV):
+            piece = await self.audio()
+            if piece is None:
+                break
+            data += piece
+        return data
 
     async def confirm(self, ratio: float) -> None:
         """Tell what is in force."""

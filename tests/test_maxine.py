@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -159,6 +160,14 @@ def test_a_wav_file_comes_back_as_one(
     assert kind == [rate, subtype]
 
 
+def test_a_wav_file_may_come_in_pieces_of_any_size(service: Service, enhancer: Enhancer) -> None:
+    file = wav(8_000, 1, "PCM_16")
+    cuts = [0, 0, 1, 4, 4, 11, 13, len(file)]
+    requests = [audio(file[start:end]) for start, end in pairwise(cuts)]
+    result = b"".join(answer.audio_stream_data for answer in service.enhance_audio(requests))
+    assert result == enhanced(file, enhancer)
+
+
 @pytest.mark.parametrize(
     ("requests", "code", "told"),
     [
@@ -166,6 +175,7 @@ def test_a_wav_file_comes_back_as_one(
         ([config(1.5)], "INVALID_ARGUMENT", "config.intensity_ratio: 1.5; accepted are 0 to 1"),
         ([config(float("nan"))], "INVALID_ARGUMENT", "config.intensity_ratio: nan"),
         ([audio(bytes(1000))], "INVALID_ARGUMENT", "audio_stream_data: 1000 bytes; accepted are 1920 (10 ms"),
+        ([audio(b"RI"), audio(b"FF")], "INVALID_ARGUMENT", "audio_stream_data: 4 bytes; accepted are 1920"),
         ([audio(b"")], "INVALID_ARGUMENT", "audio_stream_data: 0 bytes"),
         (
             [audio(bytes(1920)), audio(bytes(640))],
