@@ -28,7 +28,7 @@ DERIVATIVE_FRAMES = 8
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Widths of the layers; the default has 7.8 million weights ([P] section 4)."""
+    """Widths of the layers; the default has 7.7 million weights ([P] section 4)."""
 
     fc: int = 128
     conv: int = 512
