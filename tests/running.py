@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import httpx
+import pytest
 
 from percepnet.cli import main
 from percepnet.enhancer import Enhancer
@@ -32,17 +33,22 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def running(enhancer: Enhancer, **choices: Any) -> Iterator[Server]:
-    """A started server on free ports; it stops when the block ends."""
+    """A started server on free ports; it stops when the block ends.
+
+    It never sends a frame dry: its machine may be slow.
+    """
     anywhere = Address("127.0.0.1", 0)
     server = Server(Settings(http_listen=anywhere, grpc_listen=anywhere, **choices), enhancer)
     thread = threading.Thread(target=server.run)
-    thread.start()
-    eventually(lambda: server.started, "the server")
-    try:
-        yield server
-    finally:
-        server.should_exit = True
-        thread.join()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "LATE_SECONDS", math.inf)
+        thread.start()
+        eventually(lambda: server.started, "the server")
+        try:
+            yield server
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 class Service:

@@ -33,7 +33,7 @@ DELAYED = np.concatenate([np.zeros(1440, np.float32), SAMPLES])
 
 @pytest.fixture(scope="module")
 def server(random_model: Model) -> Iterator[Server]:
-    with pytest.MonkeyPatch.context() as patch, running(Enhancer(random_model), max_streams=4) as server:
+    with running(Enhancer(random_model), max_streams=4) as server, pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "DEADLINE_SECONDS", -1.0)  # before they come: these senders outrun speech
         patch.setattr(engine, "LATE_SECONDS", 0.0)
         yield server
