@@ -123,6 +123,7 @@ class Multiplex:
         number, kind = request.session_id, request.request.WhichOneof("payload")
         self._moved = time.monotonic()
         wire = self._wires.get(number)
+        begins = wire is None
         if wire is None:
             if kind != "config" and number in self._ended:
                 return
@@ -131,10 +132,9 @@ class Multiplex:
                 return
             wire = self._wires[number] = _SessionWire(self, number)
             wire.task = asyncio.create_task(self._serve(number, wire))
-            wire.feed(request.request)
+        wire.feed(request.request)
+        if begins:
             await asyncio.sleep(0)  # it takes a place, or is refused, before more take memory
-        else:
-            wire.feed(request.request)
 
     async def _serve(self, number: int, wire: "_SessionWire") -> None:
         error: Exception | None = None

@@ -231,10 +231,10 @@ class TapProducts(torch.autograd.Function):
         return grad_x, grad_weight.permute(1, 2, 0).float(), grad_bias.float()
 
 
-def native_bfloat16() -> bool:
-    """Whether a GPU or this CPU's own instructions multiply bfloat16 numbers."""
+def native_bfloat16(device: str) -> bool:
+    """Whether a device multiplies bfloat16 numbers itself: a GPU, or a CPU with instructions for it."""
     capabilities = torch.cpu.get_capabilities()
-    return torch.cuda.is_available() or any(capabilities.get(n) for n in ("avx512_bf16", "amx_bf16"))
+    return device != "cpu" or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 class PercepNet(nn.Module):
@@ -247,7 +247,7 @@ class PercepNet(nn.Module):
 
     def __init__(self, config: NetworkConfig | None = None, *, fast: bool | None = None) -> None:
         super().__init__()
-        self.fast = native_bfloat16() if fast is None else fast
+        self.fast = fast
         self.config = config = config or NetworkConfig()
         self.fc_in = nn.Linear(N_FEATURES, config.fc)
         self.conv1 = CausalConv(config.fc, config.conv, 5)
@@ -299,7 +299,7 @@ class PercepNet(nn.Module):
             return hidden
 
         device = features.device.type
-        bfloat16 = self.fast and self.training
+        bfloat16 = self.training and (native_bfloat16(device) if self.fast is None else self.fast)
         x = torch.tanh(self.fc_in(features.transpose(0, 1)))
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16 and device != "cpu"):
             x = x.bfloat16() if bfloat16 else x

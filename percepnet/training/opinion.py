@@ -70,7 +70,7 @@ class OpinionPredictor(nn.Module):
         frames = samples.unfold(-1, WINDOW, HOP)
         power = sum((frames @ kernel.T).square() for kernel in self._fourier)
         x = power.clamp(min=1e-12).log10()[:, None]
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=native_bfloat16()):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=native_bfloat16(x.device.type)):
             for layer, convolution in enumerate(self._convolutions):
                 x = functional.relu(convolution(x))
                 if layer in (3, 4, 5):
