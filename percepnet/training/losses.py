@@ -33,6 +33,11 @@ _HIGH_BAND_FLOOR = 1e-9
 _SPOKEN_SHARE = 0.1
 """Of such frames, for an example to have a quality."""
 
+_WIDEBAND_HZ = 8000
+
+_DISTORTION_FLOOR = 1e-3
+"""Distortion 30 dB below the speech counts as none."""
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -57,6 +62,8 @@ class LossConfig:
     """Weight of the log-spectral distance in dB from 8 to 20 kHz, where speech is weak."""
     pesq: float = 0.0
     """Weight of the points that PESQ-WB misses."""
+    distortion: float = 0.0
+    """Weight of the scale-invariant ratio of distortion to signal up to 8 kHz, in dB."""
 
 
 def _bin_weights() -> Tensor:
@@ -85,6 +92,11 @@ def _active(clean: Tensor) -> Tensor:
     return ((power > _ACTIVE * power.amax(1, keepdim=True)) & (power > _AUDIBLE)).float()
 
 
+def _spoken(clean: Tensor) -> Tensor:
+    """Whether enough is said in each example to judge it, (batch,) bool; clean: (batch, frames, 181, 2)."""
+    return (clean.square().sum((-1, -2)) > _AUDIBLE).float().mean(1) > _SPOKEN_SHARE
+
+
 def _unit(values: Tensor, dim: int, weights: Tensor | float = 1.0) -> Tensor:
     """Deviations from the weighted mean along an axis, scaled to length one."""
     total = (torch.ones_like(values) * weights).sum(dim, keepdim=True).clamp(min=1)
@@ -102,6 +114,7 @@ class SpectralLoss(torch.nn.Module):
         self.register_buffer("_bands", bands)
         self.register_buffer("_bin_weights", _bin_weights())
         self.register_buffer("_third_octaves", third_octaves())
+        self.register_buffer("_bins_meant", torch.from_numpy(np.gradient(LOSS_BINS)).float())
         self.register_buffer("_frequency_hz", torch.from_numpy(LOSS_BINS * BIN_HZ).float())
         self._wideband = Wideband()
         self._pesq = WidebandPesq()
@@ -147,12 +160,31 @@ class SpectralLoss(torch.nn.Module):
 
     def missing_quality(self, enhanced: Tensor, clean: Tensor) -> Tensor:
         """Points of PESQ-WB below the best, a mean over the examples in which somebody speaks."""
-        power = clean.square().sum((-1, -2))
-        spoken = (power > _AUDIBLE).float().mean(1) > _SPOKEN_SHARE
+        spoken = _spoken(clean)
         if not spoken.any():
             return torch.zeros((), device=clean.device)
         pairs = (self._wideband(spectra[spoken]) for spectra in (clean, enhanced))
         return BEST - self._pesq(*pairs).mean()
+
+    def distortion(self, enhanced: Tensor, clean: Tensor) -> Tensor:
+        """Minus SI-SDR in dB up to 8 kHz, a mean over the examples in which somebody speaks.
+
+        Le Roux, Wisdom, Erdogan, Hershey: "SDR – half-baked or well done?" (2019), on spectra instead of
+        samples, and bounded at 30 dB, or examples that are nearly clean would own the gradient.
+        """
+        spoken = _spoken(clean)
+        if not spoken.any():
+            return torch.zeros((), device=clean.device)
+        wideband = self._frequency_hz <= _WIDEBAND_HZ
+        weights = self._bins_meant[wideband][:, None]
+        clean, enhanced = clean[spoken][:, :, wideband], enhanced[spoken][:, :, wideband]
+        dimensions = (1, 2, 3)
+        energy = (clean.square() * weights).sum(dimensions, keepdim=True)
+        target = (clean * enhanced * weights).sum(dimensions, keepdim=True) / energy * clean
+        target_energy = (target.square() * weights).sum(dimensions)
+        error_energy = ((enhanced - target).square() * weights).sum(dimensions)
+        ratio = (error_energy + _DISTORTION_FLOOR * target_energy) / (target_energy + _TINY)
+        return (10 * (ratio + _TINY).log10()).mean()
 
     def forward(
         self, gains: Tensor, strengths: Tensor, batch: dict[str, Tensor]
@@ -192,5 +224,7 @@ class SpectralLoss(torch.nn.Module):
             terms["high_band"] = self.high_band_distance(enhanced, clean, known)
         if config.pesq:
             terms["pesq"] = self.missing_quality(enhanced, clean)
+        if config.distortion:
+            terms["distortion"] = self.distortion(enhanced, clean)
         total = sum((getattr(config, name) * value for name, value in terms.items()), torch.zeros(()))
         return total, {name: float(value.detach()) for name, value in terms.items()}

@@ -65,7 +65,7 @@ class MixingConfig:
     # Most recordings of speech end at 8 kHz: without such noise, that alone would be taken for speech.
     absent_band_limit_share: float = 0.7
     microphone_share: float = 0.5  # low stationary noise of the microphone itself
-    microphone_range_db: tuple[float, float] = (-95.0, -60.0)  # below full scale
+    microphone_range_db: tuple[float, float] = (-95.0, -50.0)  # below full scale
     offset_share: float = 0.03  # a constant offset, as of a bad sound card
     clip_share: float = 0.05
     clip_range: tuple[float, float] = (0.3, 0.85)  # of the mixture's peak

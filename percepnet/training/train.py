@@ -321,7 +321,7 @@ class Trainer:
         smooth = None
         with log_path.open("w", newline="") as file:
             columns = (
-                "step loss magnitude phase gains strengths intelligibility high_band pesq opinion "
+                "step loss magnitude phase gains strengths intelligibility high_band pesq distortion opinion "
                 "gradient_norm learning_rate validation seconds"
             )
             log = csv.DictWriter(file, columns.split(), restval="")

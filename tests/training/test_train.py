@@ -16,6 +16,7 @@ from percepnet import stft  # noqa: E402
 from percepnet.bands import band_energy, to_bins  # noqa: E402
 from percepnet.cli import main  # noqa: E402
 from percepnet.constants import SAMPLE_RATE, WINDOW  # noqa: E402
+from percepnet.metrics import resampled, si_sdr  # noqa: E402
 from percepnet.model import Model  # noqa: E402
 from percepnet.synthesis import restoration  # noqa: E402
 from percepnet.training import train as module  # noqa: E402
@@ -140,7 +141,7 @@ def test_the_recipe_of_the_shipped_model_runs(
         train(training_cache, tmp_path / stage, short, *start, "--opinion-model", str(opinion_model))
         start = "--start-from", str(tmp_path / stage / CHECKPOINT)
     with (tmp_path / "judged" / LOG).open(newline="") as file:
-        terms = ("opinion", "intelligibility", "pesq", "high_band")
+        terms = ("opinion", "intelligibility", "pesq", "high_band", "distortion")
         assert all(row[term] for row in csv.DictReader(file) for term in terms)
     assert main(["export", str(tmp_path / "judged"), str(tmp_path / "model"), "--version", "0.1"]) == 0
     model = Model.load(tmp_path / "model")
@@ -216,6 +217,12 @@ def test_the_high_band_distance_is_in_decibels() -> None:
     assert float(loss.high_band_distance(half, clean, known)) == 0
 
 
+def loss_spectra(signal: np.ndarray) -> torch.Tensor:
+    """Spectra as the loss sees them, (1, frames, 181, 2)."""
+    spectrum = stft.forward(stft.windows(signal[np.newaxis], WINDOW))
+    return torch.view_as_real(torch.from_numpy(spectrum[..., LOSS_BINS])).float()
+
+
 def test_the_intelligibility_loss_is_estoi(training_cache: Path) -> None:
     """On the loss's own frames it agrees with pystoi within 0.05, at every signal-to-noise ratio."""
     pystoi = pytest.importorskip("pystoi", reason="needs the measure extra")
@@ -224,16 +231,25 @@ def test_the_intelligibility_loss_is_estoi(training_cache: Path) -> None:
     clean = syllables * harmonics(vibrato(120, n_samples), n_samples)
     noise = white_noise(n_samples, level=clean.std())
     loss = SpectralLoss(LossConfig())
-
-    def pairs(signal: np.ndarray) -> torch.Tensor:
-        spectrum = stft.forward(stft.windows(signal[np.newaxis], WINDOW))
-        return torch.view_as_real(torch.from_numpy(spectrum[..., LOSS_BINS])).float()
-
     for snr_db in (-10, 0, 10):
         noisy = clean + 10 ** (-snr_db / 20) * noise
         expected = pystoi.stoi(clean, noisy, SAMPLE_RATE, extended=True)
-        found = 1 - float(loss.missing_correlation(pairs(noisy), pairs(clean)))
+        found = 1 - float(loss.missing_correlation(loss_spectra(noisy), loss_spectra(clean)))
         assert found == pytest.approx(expected, abs=0.05)
+
+
+def test_the_distortion_loss_is_si_sdr() -> None:
+    """On the loss's own frames and bins it agrees with the measure, at any scale; its bound is 30 dB."""
+    n_samples = 3 * SAMPLE_RATE
+    clean = 0.3 * harmonics(vibrato(120, n_samples), n_samples)
+    noise = white_noise(n_samples, level=clean.std())
+    loss = SpectralLoss(LossConfig())
+    for snr_db in (-15, -5, 5):
+        noisy = 0.7 * (clean + 10 ** (-snr_db / 20) * noise)
+        expected = si_sdr(*(resampled(signal, SAMPLE_RATE, 16_000) for signal in (clean, noisy)))
+        found = -float(loss.distortion(loss_spectra(noisy), loss_spectra(clean)))
+        assert found == pytest.approx(expected, abs=0.3)
+    assert -float(loss.distortion(loss_spectra(clean), loss_spectra(clean))) == pytest.approx(30, abs=0.1)
 
 
 def test_silence_has_no_intelligibility_to_lose() -> None:
