@@ -77,7 +77,7 @@ def test_one_that_does_not_want_to_be_asked_again_is_not(pushback: str | None) -
 def test_an_unreachable_pod_is_left_alone_for_longer_and_longer() -> None:
     known = found("a")
     pauses = []
-    for _ in range(7):
+    for _ in range(2000):
         known.avoid("a")
         pauses.append(known.seconds_until_ready())
     assert pauses[0] < 0.13

@@ -70,8 +70,8 @@ class _Pod:
     """Held by this client."""
     turn: int = 0
     """When it was chosen last."""
-    failures: int = 0
-    """Since a stream was opened there."""
+    pause_seconds: float = FIRST_PAUSE_SECONDS
+    """How long it is left alone after the next failure."""
     until: float = 0.0
     """Left alone till then."""
     listed: bool = True
@@ -160,15 +160,15 @@ class Pods(Generic[Channel]):
         """A pod works."""
         with self._lock:
             if address in self._pods:
-                self._pods[address].failures = 0
+                self._pods[address].pause_seconds = FIRST_PAUSE_SECONDS
 
     def avoid(self, address: str, seconds: float | None = None) -> None:
         """Leave a pod alone for the time it asked for, or one that doubles with every failure."""
         with self._lock:
             pod = self._pods.get(address, _Pod())  # it may be gone by now
             if seconds is None:
-                seconds = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**pod.failures)
-                pod.failures += 1
+                seconds = pod.pause_seconds
+                pod.pause_seconds = min(2 * seconds, LONGEST_PAUSE_SECONDS)
                 self._looked_up = float("-inf")  # there may be another one in its place
             # Those who were turned away together should not come back together.
             pod.until = time.monotonic() + seconds * random.uniform(1, 1.25)
