@@ -129,14 +129,24 @@ def test_a_long_push_goes_in_pieces(target: str, enhancer: Enhancer) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [np.zeros((2, 80), np.float32), np.zeros(159, np.float32), np.zeros(160, np.int16)]
+    "bad", [np.zeros((2, 80), np.float32), np.zeros((160, 2), np.float32), np.zeros(160, np.int16)]
 )
 def test_what_cannot_be_sent_is_told_at_once(target: str, bad: np.ndarray) -> None:
-    with Client(target) as client, client.stream(RATE, message_samples=160) as stream:
+    with Client(target) as client, client.stream(RATE) as stream:
         with pytest.raises(ParameterError, match="takes"):
             stream.push(bad)
         with pytest.raises(ParameterError, match="takes"):
             list(stream.pipe([bad]))
+        with pytest.raises(ParameterError, match="takes"):
+            client.enhance(bad, RATE)
+
+
+def test_a_message_of_another_length_than_promised_is_told_at_once(target: str) -> None:
+    with Client(target) as client, client.stream(RATE, message_samples=160) as stream:
+        with pytest.raises(ParameterError, match="takes multiples of 160"):
+            stream.push(np.zeros(159, np.float32))
+        with pytest.raises(ParameterError, match="takes multiples of 160"):
+            list(stream.pipe([np.zeros(159, np.float32)]))
 
 
 @each_way

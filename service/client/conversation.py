@@ -135,7 +135,7 @@ class Conversation:
         elif item is Mark.END:
             request = Request(end=pb.End())
         else:
-            request = Request(audio=self._encode(np.asarray(item)))
+            request = Request(audio=_encode(item, self._config.message_samples or 1))
         self._asked.append(request)
         self.unanswered_samples += _n_samples(request)
         return request
@@ -214,16 +214,6 @@ class Conversation:
         self._remember(self._asked.popleft())
         return Answer(samples, response.audio.position, response)
 
-    def _encode(self, samples: np.ndarray) -> bytes:
-        step = self._config.message_samples
-        if samples.ndim != 1:
-            raise ParameterError(f"samples of shape {samples.shape}; a stream takes one channel, shape (n,)")
-        if samples.dtype.kind in "iu":
-            raise ParameterError(f"{samples.dtype} samples; a stream takes floats with full scale ±1")
-        if step and len(samples) % step:
-            raise ParameterError(f"{len(samples)} samples; this stream takes multiples of {step}")
-        return samples.astype(pcm.F32LE).tobytes()
-
     def _longest(self) -> int:
         """Samples of the longest message."""
         most = self.sample_rate * MESSAGE_SECONDS
@@ -281,13 +271,25 @@ class Pace:
 
 
 def clip_request(samples: np.ndarray, sample_rate: int, controls: Controls) -> pb.EnhanceClipRequest:
-    """Asks for a clip, float32 (n,)."""
+    """Asks for a clip, float32 (n,); raises ParameterError."""
     return pb.EnhanceClipRequest(
         sample_rate_hz=sample_rate,
         encoding=pb.ENCODING_F32LE,
         parameters=_parameters(controls),
-        audio=samples.astype(pcm.F32LE).tobytes(),
+        audio=_encode(samples),
     )
+
+
+def _encode(samples: np.ndarray, step: int = 1) -> bytes:
+    """Samples as they are sent; raises ParameterError."""
+    samples = np.asarray(samples)
+    if samples.ndim != 1:
+        raise ParameterError(f"samples of shape {samples.shape}; the service takes one channel, shape (n,)")
+    if samples.dtype.kind != "f":
+        raise ParameterError(f"{samples.dtype} samples; the service takes floats with full scale ±1")
+    if len(samples) % step:
+        raise ParameterError(f"{len(samples)} samples; this stream takes multiples of {step}")
+    return samples.astype(pcm.F32LE).tobytes()
 
 
 def _parameters(controls: Controls) -> pb.Parameters:
