@@ -5,11 +5,12 @@ in its place, or the stream ends in one error that says why.
 """
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from percepnet.errors import ParameterError
 from percepnet.stream import enhance
 from percepnet.synthesis import Controls
 from service import keys
-from service.client import AsyncClient, Client, EndedError, LiveStream, Mark, Tls, pods
+from service.client import AsyncClient, AsyncLiveStream, Client, EndedError, LiveStream, Mark, Tls, pods
 from service.main import Server
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
@@ -277,6 +278,58 @@ def test_an_asyncio_pipe_survives_a_broken_connection(
             return np.concatenate(outputs)
 
     np.testing.assert_array_equal(asyncio.run(main()), enhance(samples, RATE, enhancer=enhancer))
+
+
+@each_way
+def test_an_answer_that_was_not_waited_for_comes_with_the_next_call(
+    link: Link, enhancer: Enhancer, multiplex: bool
+) -> None:
+    """Each wait is cancelled again and again, while a connection is taken up anew and at the end too."""
+    samples = noise(7_200)
+
+    async def patiently(stream: AsyncLiveStream) -> np.ndarray:
+        while True:
+            with suppress(TimeoutError):
+                answer = await asyncio.wait_for(stream.receive(), 0.0001)
+                assert answer is not None
+                return answer.samples
+
+    async def main() -> np.ndarray:
+        async with (
+            AsyncClient(link.target, multiplex=multiplex) as client,
+            client.stream(RATE, compensate_delay=True) as stream,
+        ):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(stream.receive(), 0.01)
+            outputs = []
+            for i, item in enumerate([*chunks(samples, 480), Mark.END]):
+                if i == 5:
+                    link.cut()
+                await stream.send(item)
+                outputs.append(await patiently(stream))
+            assert await stream.receive() is None
+            assert stream.reconnections == 1
+            return np.concatenate(outputs)
+
+    output = asyncio.run(asyncio.wait_for(main(), 60))
+    np.testing.assert_array_equal(output, enhance(samples, RATE, enhancer=enhancer))
+
+
+@each_way
+def test_a_stream_that_fails_while_nobody_receives_does_so_without_noise(
+    target: str, caplog: pytest.LogCaptureFixture, multiplex: bool
+) -> None:
+    async def main() -> None:
+        async with AsyncClient(target, multiplex=multiplex) as client:
+            for seconds in (0.05, None):  # over by then, or still waited for
+                async with client.stream(RATE, timeout_seconds=seconds) as stream:
+                    with pytest.raises(TimeoutError):
+                        await asyncio.wait_for(stream.receive(), 0.01)
+                    await asyncio.sleep(0.2)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    gc.collect()
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_positions_go_on_after_a_break_in_a_long_passage(link: Link) -> None:

@@ -99,6 +99,7 @@ class AsyncLiveStream(BaseStream[_Connection]):
         self._client = client
         self._writing = asyncio.Lock()  # whoever has it may write, or put another connection in place
         self._room = asyncio.Event()
+        self._receiving: asyncio.Task[Answer | None] | None = None
 
     async def open(self) -> Self:
         """Find a server; `AsyncClient.stream` does it."""
@@ -164,7 +165,32 @@ class AsyncLiveStream(BaseStream[_Connection]):
             await self._connection.write(self._talk.ask(item))
 
     async def receive(self) -> Answer | None:
-        """Wait for the answer to the oldest item that has none; None when the end was answered."""
+        """Wait for the answer to the oldest item that has none; None when the end was answered.
+
+        If it is cancelled, as `asyncio.wait_for` does, the next call waits for the same answer.
+        """
+        if self._receiving is None:
+            self._receiving = asyncio.create_task(self._receive())
+            self._receiving.add_done_callback(_look_at_error)
+        await asyncio.wait([self._receiving])
+        received, self._receiving = self._receiving, None
+        if received.cancelled() and self._error:
+            raise self._error
+        return received.result()
+
+    def close(self) -> None:
+        """Hang up, whatever is under way."""
+        self._fail(EndedError("the stream was closed"))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _receive(self) -> Answer | None:
         while self._answers or not self._talk.ended:
             if self._answers:
                 return self._tell(self._answers.popleft())
@@ -187,18 +213,6 @@ class AsyncLiveStream(BaseStream[_Connection]):
                     await self._move()
                 return self._tell(answer)
         return None
-
-    def close(self) -> None:
-        """Hang up, whatever is under way."""
-        self._fail(EndedError("the stream was closed"))
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     async def _ask(self, item: Item) -> Answer:
         await self.send(item)
@@ -317,6 +331,8 @@ class AsyncLiveStream(BaseStream[_Connection]):
     def _fail(self, error: Exception) -> None:
         """End the stream, from any task."""
         self._error = self._error or error
+        if self._receiving:
+            self._receiving.cancel()
         self._connection.drop()
         self._room.set()
 
@@ -412,6 +428,12 @@ def _only_own_cancellation() -> Iterator[None]:
         if task is None or task.cancelling():
             raise
         raise asyncio.InvalidStateError("the call was hung up") from None
+
+
+def _look_at_error(task: asyncio.Task[Any]) -> None:
+    """Whoever receives is told; asyncio need not complain if nobody does."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _each(items: Iterable[Item] | AsyncIterable[Item]) -> AsyncIterator[Item]:
