@@ -171,7 +171,6 @@ class AsyncLiveStream(BaseStream[_Connection]):
         """
         if self._receiving is None:
             self._receiving = asyncio.create_task(self._receive())
-            self._receiving.add_done_callback(_look_at_error)
         await asyncio.wait([self._receiving])
         received, self._receiving = self._receiving, None
         if received.cancelled() and self._error:
@@ -332,7 +331,7 @@ class AsyncLiveStream(BaseStream[_Connection]):
         """End the stream, from any task."""
         self._error = self._error or error
         if self._receiving:
-            self._receiving.cancel()
+            self._receiving.cancel()  # then asyncio does not complain of its error either
         self._connection.drop()
         self._room.set()
 
@@ -428,12 +427,6 @@ def _only_own_cancellation() -> Iterator[None]:
         if task is None or task.cancelling():
             raise
         raise asyncio.InvalidStateError("the call was hung up") from None
-
-
-def _look_at_error(task: asyncio.Task[Any]) -> None:
-    """Whoever receives is told; asyncio need not complain if nobody does."""
-    if not task.cancelled():
-        task.exception()
 
 
 async def _each(items: Iterable[Item] | AsyncIterable[Item]) -> AsyncIterator[Item]:
