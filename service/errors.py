@@ -1,13 +1,16 @@
 """Every way a request can fail, and the one table that says how each is answered."""
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.responses import JSONResponse
 
 from percepnet.errors import AudioError, ParameterError, SnapshotError, UnsupportedAudioError
+
+_Result = TypeVar("_Result")
 
 
 class ServiceError(Exception):
@@ -158,6 +161,15 @@ def told(error: Exception) -> str:
     """What the caller is told: an undeclared exception tells nothing about the service's inside."""
     answer = answer_for(error)
     return answer.meaning if answer.code == "internal" else str(error)
+
+
+async def within(seconds: float, work: Awaitable[_Result], error: Exception) -> _Result:
+    """Await some work, but not for longer; raises the error then."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except TimeoutError:
+        raise error from None
 
 
 def problem(error: Exception) -> JSONResponse:

@@ -13,15 +13,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from percepnet.errors import ParameterError
-from percepnet.stream import enhance
-from service import maxine, messages, pcm, wakeups
+from service import maxine, messages, wakeups
 from service.access import Access
 from service.callers import Caller
-from service.errors import BusyError, ClientGoneError, StoppingError, UnauthenticatedError, answer_for, told
+from service.clips import Clips
+from service.errors import BusyError, ClientGoneError, UnauthenticatedError, answer_for, told
 from service.files import Files
 from service.health import Health
-from service.jobs import Checkpoint, FileJobs
 from service.listener import Listener
 from service.logs import logger
 from service.maxine import Maxine
@@ -33,15 +31,11 @@ from service.ticker import Ticker
 
 SERVICE = pb.DESCRIPTOR.services_by_name["EnhancementService"].full_name
 
-MAX_CLIP_SECONDS = 60
-MAX_CLIPS = 4
-"""Clips held at once: they are short, and worked on in turn."""
-
 CONNECTION_AGE_SECONDS = 5
 """After this time a caller is asked for a new connection, which may reach another worker of this service; the
 streams it has go on."""
 
-_TRANSPORT_LIMIT_BYTES = 12 * 1024 * 1024  # a clip of MAX_CLIP_SECONDS as floats at 48 kHz
+_TRANSPORT_LIMIT_BYTES = 12 * 1024 * 1024  # a clip of 60 s as floats at 48 kHz
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", _TRANSPORT_LIMIT_BYTES),
@@ -53,6 +47,7 @@ _OPTIONS = (
 )
 
 _HEALTH = "/grpc.health.v1.Health/"
+_CLIP = f"/{SERVICE}/EnhanceClip"
 _known: ContextVar[Caller] = ContextVar("_known")  # gRPC keeps it from the interceptor to the handler
 
 
@@ -65,11 +60,11 @@ class GrpcServer:
     def __init__(self, settings: Settings, access: Access, streams: Streams, files: Files) -> None:
         self._settings = settings
         self._access = access
-        self._clip_enhancer = files.enhancer
+        self._model = files.enhancer.model
         self._streams = streams
         self._engine = streams.engine
         self._maxine = Maxine(streams, files)
-        self._jobs = FileJobs(1, MAX_CLIPS, cpu=streams.metrics.cpu)
+        self._clips = Clips(streams, access, files)
         self._board = streams.metrics.board
         self._health = health_aio.HealthServicer()
         self.port = 0
@@ -112,7 +107,8 @@ class GrpcServer:
         handlers = {
             "EnhanceStream": grpc.stream_stream_rpc_method_handler(self._enhance_stream),
             "EnhanceStreams": grpc.stream_stream_rpc_method_handler(self._enhance_streams),
-            "EnhanceClip": grpc.unary_unary_rpc_method_handler(self._enhance_clip),
+            # As if it were a stream, whose messages are read when there is a place for them.
+            "EnhanceClip": grpc.stream_stream_rpc_method_handler(self._enhance_clip),
             "GetStatus": grpc.unary_unary_rpc_method_handler(self._get_status),
         }
         enhance_audio = {"EnhanceAudio": grpc.stream_stream_rpc_method_handler(self._enhance_audio)}
@@ -132,11 +128,11 @@ class GrpcServer:
         deadline = time.monotonic() + self._settings.shutdown_grace_seconds
         await self._health.enter_graceful_shutdown()
         await self._streams.stop()
-        while (self._maxine.n_files or self._jobs.accepted) and time.monotonic() < deadline:
+        while (self._maxine.n_files or self._clips.accepted) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         await self._listener.stop(1)
         self._ticker.close()
-        await self._jobs.close()
+        await self._clips.close()
 
     async def _enhance_stream(self, _: Any, context: grpc.aio.ServicerContext) -> None:
         await _guard(context, self._streams.converse(_GrpcWire(context), _caller(context)))
@@ -147,37 +143,11 @@ class GrpcServer:
     async def _enhance_audio(self, _: Any, context: grpc.aio.ServicerContext) -> None:
         await _guard(context, self._maxine.enhance_audio(context, _caller(context)))
 
-    async def _enhance_clip(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        return (await _guard(context, self._clip(data, _caller(context)))).SerializeToString()
-
-    async def _clip(self, data: bytes, caller: Caller) -> pb.EnhanceClipResponse:
-        request = messages.parse(pb.EnhanceClipRequest, data)
-        if self._streams.stopping():
-            raise StoppingError("the server is stopping; try another one")
-        rate = messages.rate(request.sample_rate_hz, "sample_rate_hz")
-        encoding = messages.encoding(request.encoding, "encoding")
-        controls = messages.controls(request.parameters, "parameters")
-        samples = messages.samples(request.audio, encoding, rate * MAX_CLIP_SECONDS)
-        if not len(samples):
-            raise ParameterError("audio: empty; at least one sample is needed")
-
-        def work(checkpoint: Checkpoint) -> bytes:
-            clean = enhance(
-                samples,
-                rate,
-                controls=controls,
-                enhancer=self._clip_enhancer,
-                progress=lambda done, expected: checkpoint(),
-            )
-            return pcm.encode(clean, encoding).tobytes()
-
-        with self._access.files.hold(caller.key), self._jobs.place():
-            audio = await self._jobs.run(work)
-        manifest = self._clip_enhancer.model.manifest
-        return pb.EnhanceClipResponse(audio=audio, model_name=manifest.name, model_version=manifest.version)
+    async def _enhance_clip(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+        await _guard(context, self._clips.enhance_clip(context, _caller(context)))
 
     async def _get_status(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        model, board = self._clip_enhancer.model, self._board
+        model, board = self._model, self._board
         active, capacity = int(board.total("streams")), int(board.total("capacity"))
         return pb.GetStatusResponse(
             model_name=model.manifest.name,
@@ -214,18 +184,20 @@ class _GrpcWire:
         """
 
 
-async def _guard(context: grpc.aio.ServicerContext, work: Awaitable[Any]) -> Any:
+async def _guard(context: grpc.aio.ServicerContext, work: Awaitable[None]) -> None:
     """Await some work; a failure becomes the RPC's status."""
     try:
-        return await work
+        await work
+        return
     except Exception as error:
-        answer = answer_for(error)
+        answer, message = answer_for(error), told(error)
         if answer.code == "internal":
             logger.error("rpc failed", exc_info=error)
         hint: tuple[tuple[str, str], ...] = ()
         if isinstance(error, BusyError):
             hint = (("grpc-retry-pushback-ms", f"{1000 * error.retry_seconds:.0f}"),)
-        await context.abort(grpc.StatusCode[answer.grpc_code], told(error), hint)
+    # Not above: what `abort` raises would keep the error, and with its traceback the caller's audio.
+    await context.abort(grpc.StatusCode[answer.grpc_code], message, hint)
 
 
 class _Gate(grpc.aio.ServerInterceptor):
@@ -247,7 +219,8 @@ class _Gate(grpc.aio.ServerInterceptor):
         try:
             _known.set(self._access.caller("", dict(details.invocation_metadata or ())))
         except UnauthenticatedError as error:
-            refuse = partial(self._refuse, error, is_stream=handler.response_streaming)
+            is_stream = handler.response_streaming and details.method != _CLIP
+            refuse = partial(self._refuse, error, is_stream=is_stream)
             return grpc.stream_stream_rpc_method_handler(refuse)
         return handler
 

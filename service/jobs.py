@@ -129,6 +129,8 @@ class FileJobs:
             cancelled.set()
             await asyncio.gather(job, return_exceptions=True)
             raise
+        finally:
+            del job  # whose error's traceback leads back here, and to the audio
 
     async def close(self) -> None:
         """Wait until all places are given back, and end the threads."""

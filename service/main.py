@@ -14,7 +14,7 @@ import uvicorn
 from percepnet.constants import HOP
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model, ModelError
-from service import capacity, connections, cores, logs
+from service import capacity, connections, cores, logs, memory
 from service.access import Access
 from service.behind_live import BehindLive
 from service.board import Board
@@ -42,6 +42,7 @@ class Server(uvicorn.Server):
     def __init__(
         self, settings: Settings, enhancer: Enhancer, board: Board | None = None, until: int | None = None
     ) -> None:
+        memory.return_large_blocks()
         self.health = Health()
         self._settings = settings
         self._board = board or Board()

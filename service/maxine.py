@@ -7,8 +7,7 @@ WAV file an upload, which stands back behind live streams.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import grpc
 from starlette.concurrency import run_in_threadpool
@@ -25,6 +24,7 @@ from service.errors import (
     TooLargeError,
     UploadTimeoutError,
     answer_for,
+    within,
 )
 from service.files import Files
 from service.logs import logger
@@ -46,8 +46,6 @@ CHUNKS = {480 * pcm.F32LE.itemsize: 48_000, 160 * pcm.F32LE.itemsize: 16_000}
 _WAV = (b"RIFF", b"RF64")
 """How a WAV file begins; after four bytes more comes its kind."""
 
-_Result = TypeVar("_Result")
-
 
 class Maxine:
     """Serves `EnhanceAudio`; its methods are called on the event loop."""
@@ -62,7 +60,7 @@ class Maxine:
         """Serve one RPC to its end; raises what ended it early."""
         talk = _Talk(context)
         limit = self._streams.settings.stream_idle_seconds
-        first = await _within(limit, talk.beginning(), IdleError(f"nothing was sent for {limit:g} s"))
+        first = await within(limit, talk.beginning(), IdleError(f"nothing was sent for {limit:g} s"))
         if first is None:
             return
         if first[:4] in _WAV and first[8:12] == b"WAVE":
@@ -102,14 +100,14 @@ class Maxine:
             if n_bytes > settings.max_upload_mib * MIB:
                 raise TooLargeError(f"the upload is larger than {settings.max_upload_mib} MiB")
             await run_in_threadpool(source.write, piece)
-            piece = await _within(limit, talk.audio(), late)
+            piece = await within(limit, talk.audio(), late)
 
     async def _send(self, talk: "_Talk", target: BinaryIO) -> None:
         target.seek(0)
         gone = ClientGoneError("the caller stopped taking the answer")
         while piece := await run_in_threadpool(target.read, PIECE_BYTES):
             response = bnr.EnhanceAudioResponse(audio_stream_data=piece)
-            await _within(self._files.settings.transfer_timeout_seconds, talk.write(response), gone)
+            await within(self._files.settings.transfer_timeout_seconds, talk.write(response), gone)
 
 
 class _Talk:
@@ -226,15 +224,6 @@ class _LiveWire:
 def _controls(ratio: float) -> Controls:
     """An intensity ratio as controls: a share of all that can be removed, whatever the default limit."""
     return Controls(MAX_ATTENUATION_LIMIT_DB, mix=ratio)
-
-
-async def _within(seconds: float, work: Awaitable[_Result], error: Exception) -> _Result:
-    """Await some work, but not for longer; raises the error then."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await work
-    except TimeoutError:
-        raise error from None
 
 
 def _described(summary: Summary) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def decode(data: bytes, encoding: np.dtype) -> np.ndarray:
     if encoding == S16LE:
         return samples / _FULL_SCALE
     finite = np.where(np.isfinite(samples), samples, np.float32(0))
-    return finite.clip(-MAX_LEVEL, MAX_LEVEL)
+    return finite.clip(-MAX_LEVEL, MAX_LEVEL, out=finite)
 
 
 def encode(samples: np.ndarray, encoding: np.dtype) -> np.ndarray:

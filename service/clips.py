@@ -1,0 +1,87 @@
+"""Short clips: one message in, one out, enhanced behind live streams."""
+
+from collections.abc import Callable
+
+import grpc
+
+from percepnet.errors import ParameterError
+from percepnet.stream import enhance
+from service import messages, pcm
+from service.access import Access
+from service.callers import Caller
+from service.errors import ClientGoneError, StoppingError, UploadTimeoutError, within
+from service.files import Files
+from service.jobs import Checkpoint, FileJobs
+from service.messages import pb
+from service.streams import Streams
+
+MAX_SECONDS = 60
+"""The longest clip; so long may it also take to come, and its answer to be taken."""
+
+MAX_CLIPS = 4
+"""Clips held at once: they are short, and worked on in turn."""
+
+
+class Clips:
+    """Serves `EnhanceClip`; its methods are called on the event loop."""
+
+    def __init__(self, streams: Streams, access: Access, files: Files) -> None:
+        self._streams = streams
+        self._access = access
+        self._enhancer = files.enhancer
+        self._jobs = FileJobs(1, MAX_CLIPS, cpu=streams.metrics.cpu)
+
+    @property
+    def accepted(self) -> int:
+        """Clips under way."""
+        return self._jobs.accepted
+
+    async def enhance_clip(self, context: grpc.aio.ServicerContext, caller: Caller) -> None:
+        """Serve one RPC to its end; raises what ended it early."""
+        if self._streams.stopping():
+            raise StoppingError("the server is stopping; try another one")
+        with self._access.files.hold(caller.key), self._jobs.place():
+            # Until a clip has its place, gRPC lets no more of it come than 64 KiB.
+            late = UploadTimeoutError(f"the clip did not come within {MAX_SECONDS} s")
+            work = self._work(await within(MAX_SECONDS, context.read(), late))
+            answer = await self._jobs.run(work)
+            gone = ClientGoneError("the caller did not take the answer")
+            await within(MAX_SECONDS, _send(context, answer), gone)
+
+    async def close(self) -> None:
+        """Wait until all places are given back."""
+        await self._jobs.close()
+
+    def _work(self, data: bytes) -> Callable[[Checkpoint], bytes]:
+        """What is to be done for a request, which keeps nothing of it but the samples."""
+        request = messages.parse(pb.EnhanceClipRequest, b"" if data is grpc.aio.EOF else data)
+        rate = messages.rate(request.sample_rate_hz, "sample_rate_hz")
+        encoding = messages.encoding(request.encoding, "encoding")
+        controls = messages.controls(request.parameters, "parameters")
+        samples = messages.samples(request.audio, encoding, rate * MAX_SECONDS)
+        if not len(samples):
+            raise ParameterError("audio: empty; at least one sample is needed")
+        manifest = self._enhancer.model.manifest
+
+        def work(checkpoint: Checkpoint) -> bytes:
+            clean = enhance(
+                samples,
+                rate,
+                controls=controls,
+                enhancer=self._enhancer,
+                progress=lambda done, expected: checkpoint(),
+            )
+            return pb.EnhanceClipResponse(
+                audio=pcm.encode(clean, encoding).tobytes(),
+                model_name=manifest.name,
+                model_version=manifest.version,
+            ).SerializeToString()
+
+        return work
+
+
+async def _send(context: grpc.aio.ServicerContext, answer: bytes) -> None:
+    try:
+        await context.write(answer)
+    except Exception as error:  # gRPC's errors have no common base class
+        raise ClientGoneError("the caller hung up") from error
