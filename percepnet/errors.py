@@ -20,7 +20,7 @@ class UnsupportedAudioError(AudioError):
 def reason(error: Exception) -> str:
     """An error in one line, for who called a command."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error)
 
 

@@ -2,7 +2,11 @@
 
 import math
 import os
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+
+from service.logs import logger
 
 
 def usable() -> list[int]:
@@ -42,8 +46,7 @@ def pin(worker: int, n_workers: int) -> bool:
     cpus = usable()
     if n_workers < len(cpus) or not hasattr(os, "sched_setaffinity"):
         return False
-    os.sched_setaffinity(0, {cpus[worker % len(cpus)]})
-    return True
+    return _tried("pinned to cores", lambda: os.sched_setaffinity(0, {cpus[worker % len(cpus)]}))
 
 
 def share_calmly() -> None:
@@ -52,20 +55,39 @@ def share_calmly() -> None:
     gRPC's own threads wake for each packet. Each would interrupt the engine three times over, 6,000 times a
     second with 24 streams; as batch work (sched(7)) they wait until it rests.
     """
-    if hasattr(os, "sched_setscheduler"):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    _schedule("SCHED_BATCH")
 
 
 def go_first() -> None:
     """Let this thread take the core as soon as it wakes, before threads that share calmly."""
-    if hasattr(os, "sched_setscheduler"):
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    _schedule("SCHED_OTHER")
 
 
 def stand_back() -> None:
     """Let this thread have the core only while no other one wants it."""
+    _schedule("SCHED_IDLE")
+
+
+def _schedule(policy: str) -> None:
     if hasattr(os, "sched_setscheduler"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        setting = getattr(os, policy), os.sched_param(0)
+        _tried("given other classes of scheduling", lambda: os.sched_setscheduler(0, *setting))
+
+
+def _tried(what: str, change: Callable[[], None]) -> bool:
+    """Whether the system took a change; some sandboxes (gVisor) do not, and the service runs without it."""
+    try:
+        change()
+    except OSError as error:
+        _miss(what, error.strerror)
+        return False
+    return True
+
+
+@lru_cache
+def _miss(what: str, reason: str) -> None:
+    """Told once."""
+    logger.warning("threads cannot be %s here, answers may come later: %s", what, reason)
 
 
 def _cgroup_folders(root: Path) -> list[Path]:

@@ -13,10 +13,10 @@ from service.supervisor import Seat
 def main(text: str) -> int:
     """Serve until told to stop, or until the supervisor is gone; returns the exit status of the process."""
     seat = Seat.parse(text)
-    cores.pin(seat.worker, seat.n_workers)
-    cores.share_calmly()
     settings = Settings.load(os.environ, seat.flags | {"grpc_listen": seat.grpc_listen})
     logs.configure(settings.log_threshold)
+    cores.pin(seat.worker, seat.n_workers)
+    cores.share_calmly()
     board = Board(seat.n_workers, seat.worker, seat.board)
     from service.main import FAILURES, Server, load_enhancer  # on the core where it will run
 

@@ -13,6 +13,7 @@ from conftest import export_random_model
 
 from percepnet import cli
 from percepnet.cli import main
+from percepnet.errors import reason
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,11 @@ def test_mistakes_are_told_in_one_line(folder, model, capsys, arguments, status,
     assert output.err.count("\n") == 1
     assert output.out == ""
     assert files(folder) == before
+
+
+def test_an_error_of_the_system_names_its_file_if_there_is_one():
+    assert reason(OSError(22, "Invalid argument")) == "Invalid argument"
+    assert reason(FileNotFoundError(2, "No such file", "a.wav")) == "a.wav: No such file"
 
 
 @pytest.mark.parametrize(

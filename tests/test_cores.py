@@ -78,3 +78,16 @@ def test_a_worker_for_each_core_is_pinned_and_others_are_not() -> None:
         expected = [cpus[1 % len(cpus)]] if pinned else cpus
         assert told
         assert after == str(expected)
+
+
+def test_where_nothing_can_be_pinned_a_worker_runs_unpinned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(cores, "usable", lambda: [0])
+    monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
+    assert not cores.pin(0, 1)
+    assert not cores.pin(0, 1)
+    assert "Operation not permitted" in caplog.text

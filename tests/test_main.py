@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,6 +23,13 @@ from service import serve
 parser = argparse.ArgumentParser()
 serve.add_arguments(parser)
 raise SystemExit(serve.run(parser.parse_args()))
+"""
+
+SANDBOX = """
+import os
+def refuse(*arguments):
+    raise OSError(22, "Invalid argument")
+os.sched_setscheduler = refuse
 """
 
 
@@ -38,22 +48,46 @@ def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
     assert ended.stderr.count("\n") == 1
 
 
-def test_the_service_starts_answers_and_stops_on_sigterm(tmp_path: Path) -> None:
+@contextmanager
+def started(
+    code: str, tmp_path: Path, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], list[dict[str, Any]]]]:
+    """A process that serves, and the lines of its log so far; the others are added when the block ends."""
     model = export_random_model(tmp_path, fc=32, conv=64, gru=64, strength_gru=32)
-    listen = {"PERCEPNET_HTTP_LISTEN": "127.0.0.1:0", "PERCEPNET_GRPC_LISTEN": "127.0.0.1:0"}
-    environment = {**os.environ, **listen, "PERCEPNET_MODLE": "x"}
-    command = [sys.executable, "-c", SERVE, "--workers", "1", "--model", str(model)]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    listen = ["--http-listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0"]
+    command = [sys.executable, "-c", code, "--workers", "1", "--model", str(model), *listen]
+    with subprocess.Popen(
+        command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         lines = []
         for text in process.stderr:
             lines.append(json.loads(text))
             if "running on" in lines[-1]["message"]:
                 break
-        url = next(word for word in lines[-1]["message"].split() if word.startswith("http://"))
-        assert httpx.get(f"{url}/readyz", timeout=100).status_code == 200
-        process.send_signal(signal.SIGTERM)
+        yield process, lines
         lines += [json.loads(text) for text in process.stderr]
+
+
+def answers(lines: list[dict[str, Any]]) -> bool:
+    """Whether it answers where its log says."""
+    url = next(word for word in lines[-1]["message"].split() if word.startswith("http://"))
+    return httpx.get(f"{url}/readyz", timeout=100).status_code == 200
+
+
+def test_the_service_starts_answers_and_stops_on_sigterm(tmp_path: Path) -> None:
+    with started(SERVE, tmp_path, PERCEPNET_MODLE="x") as (process, lines):
+        assert answers(lines)
+        process.send_signal(signal.SIGTERM)
     assert process.returncode == -signal.SIGTERM
     assert lines[0] == {**lines[0], "level": "warning", "message": "no such setting: PERCEPNET_MODLE"}
     assert any("shutdown complete" in line["message"] for line in lines)
+
+
+def test_the_service_runs_where_classes_of_scheduling_cannot_be_set(tmp_path: Path) -> None:
+    with started(SANDBOX + SERVE, tmp_path) as (process, lines):
+        assert answers(lines)
+        process.send_signal(signal.SIGTERM)
+    told = [line for line in lines if line["level"] != "info"]
+    assert [line["level"] for line in told] == ["warning"]
+    assert told[0]["message"].endswith("Invalid argument")
