@@ -317,6 +317,21 @@ def test_sigterm_lets_live_streams_end_and_refuses_new_ones(tmp_path: Path) -> N
     assert not any(worker.is_running() for worker in workers)
 
 
+def test_it_starts_in_a_folder_whose_files_are_named_as_its_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `percepnet serve` does, which looks for no modules there itself."""
+    (tmp_path / "service.py").write_text("raise SystemExit('not the service')")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-P", *COMMAND[1:], *ANYWHERE, "--workers", "2", "--max-streams", "8"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            Service(process).http.close()
+        finally:
+            process.terminate()
+
+
 def test_a_service_that_cannot_start_tells_why_once(tmp_path: Path) -> None:
     model = tmp_path / "model.onnx"
     model.write_bytes(b"no model")

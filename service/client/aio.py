@@ -202,7 +202,8 @@ class AsyncLiveStream(BaseStream[_Connection]):
                 await self._resume(error)
                 continue
             except asyncio.InvalidStateError:
-                raise self._error or EndedError("the stream was closed") from None
+                await self._resume(None)
+                continue
             answer = self._talk.take(response)
             self._room.set()
             if answer is not None:
@@ -235,6 +236,8 @@ class AsyncLiveStream(BaseStream[_Connection]):
                 return
             except grpc.RpcError as error:
                 attempts.failed(address, error)
+            except asyncio.InvalidStateError:
+                continue  # the client was closed, as `choose` will tell
 
     async def _open(self, address: str) -> _Connection:
         """Begin, or go on, at a server."""
@@ -383,8 +386,8 @@ class AsyncClient(BaseClient[grpc.aio.Channel, _Opening]):
                 await channel.close()
 
     async def close(self) -> None:
-        """Hang up."""
-        for channel in self.pods.forget(everything=True):
+        """Hang up, whatever is under way: the streams end with EndedError."""
+        for channel in self.pods.close():
             await channel.close()
 
     async def __aenter__(self) -> Self:
@@ -410,9 +413,12 @@ class AsyncClient(BaseClient[grpc.aio.Channel, _Opening]):
                 f"{SERVICE}/{method}", type(request).SerializeToString, response.FromString
             )
             try:
-                return await call(request, timeout=self._timeout_seconds, metadata=self.metadata)
+                with _only_own_cancellation():
+                    return await call(request, timeout=self._timeout_seconds, metadata=self.metadata)
             except grpc.RpcError as error:
                 attempts.failed(address, error)
+            except asyncio.InvalidStateError:
+                continue  # the client was closed, as `choose` will tell
             finally:
                 self.pods.release(address)
 

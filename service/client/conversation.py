@@ -77,7 +77,7 @@ class Opening:
 
 
 class EndedError(PercepNetError):
-    """The stream was closed, so nothing can be sent or received any more."""
+    """The stream, or its client, was closed, so nothing can be sent or received any more."""
 
 
 class Conversation:

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from percepnet.errors import ParameterError
+from service.client.conversation import EndedError
 from service.settings import Address
 
 LOOK_UP_SECONDS = 5.0
@@ -104,12 +105,13 @@ class Pods(Generic[Channel]):
         self._channels: dict[str, Channel] = {}
         self._looked_up = float("-inf")
         self._turn = 0
+        self._closed = False
         self._lock = threading.Lock()
 
     @property
     def stale(self) -> bool:
         """Whether it is time for `look_up`."""
-        return time.monotonic() - self._looked_up > LOOK_UP_SECONDS
+        return not self._closed and time.monotonic() - self._looked_up > LOOK_UP_SECONDS
 
     def look_up(self) -> None:
         """Look the name up; blocks. Raises OSError if that fails and no address is known from before."""
@@ -133,10 +135,11 @@ class Pods(Generic[Channel]):
         """Take a place at the listed pod with the fewest streams of this client, in turn among equals.
 
         `release` gives it back. Of pods that are all to be left alone for now, none is taken (None), or
-        anyway the one whose time is over soonest.
+        anyway the one whose time is over soonest. Raises EndedError after `close`.
         """
         now = time.monotonic()
         with self._lock:
+            self._check_open()
             listed = {name: pod for name, pod in self._pods.items() if pod.listed}
             ready = {name: pod for name, pod in listed.items() if pod.until <= now}
             if ready:
@@ -180,19 +183,32 @@ class Pods(Generic[Channel]):
         return max(0.0, min(times) - time.monotonic()) if times else FIRST_PAUSE_SECONDS
 
     def channel(self, address: str) -> Channel:
-        """The channel to a pod."""
+        """The channel to a pod; raises EndedError after `close`."""
         with self._lock:
+            self._check_open()
             if address not in self._channels:
                 self._channels[address] = self._make(address)
             return self._channels[address]
 
-    def forget(self, *, everything: bool = False) -> list[Channel]:
-        """Forget the pods that are gone and carry no stream, or all; returns their channels for closing."""
+    def forget(self) -> list[Channel]:
+        """Forget the pods that are gone and carry no stream; returns their channels for closing."""
         with self._lock:
-            gone = [name for name, pod in self._pods.items() if everything or not (pod.listed or pod.streams)]
+            gone = [name for name, pod in self._pods.items() if not (pod.listed or pod.streams)]
             for name in gone:
                 del self._pods[name]
             return [self._channels.pop(name) for name in gone if name in self._channels]
+
+    def close(self) -> list[Channel]:
+        """Take no more streams; returns all channels for closing."""
+        with self._lock:
+            self._closed = True
+            channels = list(self._channels.values())
+            self._channels.clear()
+            return channels
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EndedError("the client was closed")
 
     def _make(self, address: str) -> Channel:
         options: list[tuple[str, Any]] = [

@@ -325,8 +325,8 @@ class Client(BaseClient[grpc.Channel, LiveStream]):
                 channel.close()
 
     def close(self) -> None:
-        """Hang up."""
-        for channel in self.pods.forget(everything=True):
+        """Hang up, whatever is under way: the streams end with EndedError."""
+        for channel in self.pods.close():
             channel.close()
 
     def __enter__(self) -> Self:
