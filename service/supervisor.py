@@ -30,6 +30,14 @@ LONGEST_PAUSE_SECONDS = 30.0
 _GRACE_SECONDS = 5.0
 """What a worker gets beyond the grace that it was told, before it is killed."""
 
+_WORKER = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from service import worker
+sys.exit(worker.main(sys.argv[2]))
+"""
+"""It finds modules where the supervisor does; -m would look into the current directory first."""
+
 _LOOKS = 8
 """A worker that hangs is looked at so often before it is killed."""
 
@@ -118,7 +126,7 @@ class Supervisor:
             self._alive,
         )
         worker.process = subprocess.Popen(
-            [sys.executable, "-m", "service.worker", str(seat)],
+            [sys.executable, "-c", _WORKER, json.dumps(sys.path), str(seat)],
             pass_fds=(seat.board, seat.http, seat.alive),
             stdin=subprocess.DEVNULL,
             process_group=0,  # Ctrl-C is for the supervisor, which passes it on in good order

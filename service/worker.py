@@ -1,8 +1,7 @@
-"""One worker of a service of many processes: `python -m service.worker SEAT`, started by the supervisor."""
+"""One worker of a service of many processes, started by the supervisor."""
 
 import os
 import socket
-import sys
 
 from service import cores, logs
 from service.board import Board
@@ -30,7 +29,3 @@ def main(text: str) -> int:
         return 1
     server.run([socket.socket(fileno=seat.http)])
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
