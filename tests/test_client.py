@@ -332,6 +332,49 @@ def test_a_stream_that_fails_while_nobody_receives_does_so_without_noise(
     assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
+@each_way
+def test_a_client_that_is_closed_ends_its_streams(target: str, multiplex: bool) -> None:
+    with ThreadPoolExecutor() as threads:
+        client = Client(target, multiplex=multiplex)
+        streams = [client.stream(RATE) for _ in range(2)]
+        assert active(target) == [2]
+        waiting = threads.submit(streams[0].receive)
+        client.close()
+        for call in (
+            waiting.result,
+            lambda: streams[0].push(noise(160)),
+            lambda: streams[1].push(noise(160)),
+            lambda: client.stream(RATE),
+            client.status,
+        ):
+            with pytest.raises(EndedError, match="the client was closed"):
+                call()
+    eventually(lambda: active(target) == [0], "an idle server")
+
+
+@each_way
+def test_an_asyncio_client_that_is_closed_ends_its_streams(target: str, multiplex: bool) -> None:
+    async def main() -> None:
+        client = AsyncClient(target, multiplex=multiplex)
+        streams = [await client.stream(RATE) for _ in range(2)]
+        assert await asyncio.to_thread(active, target) == [2]
+        under_way = [asyncio.create_task(call) for call in (streams[0].receive(), client.status())]
+        await asyncio.sleep(0)
+        await client.close()
+        later = (
+            lambda: streams[0].push(noise(160)),
+            lambda: streams[1].push(noise(160)),
+            lambda: client.stream(RATE),
+            client.status,
+        )
+        for call in (*under_way, *(call() for call in later)):
+            with pytest.raises(EndedError, match="the client was closed"):
+                await call
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    eventually(lambda: active(target) == [0], "an idle server")
+
+
 def test_positions_go_on_after_a_break_in_a_long_passage(link: Link) -> None:
     """All dry the output is the input, whatever the model's memory: every sample must be in its place."""
     samples = noise(4 * 48_000, seed=1)
