@@ -1,6 +1,9 @@
 """Short clips: one message in, one out, enhanced behind live streams."""
 
+import asyncio
+import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 
@@ -9,9 +12,10 @@ from percepnet.stream import enhance
 from service import messages, pcm
 from service.access import Access
 from service.callers import Caller
-from service.errors import ClientGoneError, StoppingError, UploadTimeoutError, within
+from service.errors import ClientGoneError, StoppingError, UploadTimeoutError, outcome, within
 from service.files import Files
 from service.jobs import Checkpoint, FileJobs
+from service.logs import logger
 from service.messages import pb
 from service.streams import Streams
 
@@ -37,22 +41,33 @@ class Clips:
         return self._jobs.accepted
 
     async def enhance_clip(self, context: grpc.aio.ServicerContext, caller: Caller) -> None:
-        """Serve one RPC to its end; raises what ended it early."""
-        if self._streams.stopping():
-            raise StoppingError("the server is stopping; try another one")
-        with self._access.files.hold(caller.key), self._jobs.place():
-            # Until a clip has its place, gRPC lets no more of it come than 64 KiB.
-            late = UploadTimeoutError(f"the clip did not come within {MAX_SECONDS} s")
-            work = self._work(await within(MAX_SECONDS, context.read(), late))
-            answer = await self._jobs.run(work)
-            gone = ClientGoneError("the caller did not take the answer")
-            await within(MAX_SECONDS, _send(context, answer), gone)
+        """Serve one RPC to its end; raises what ended it early. Leaves a line in the log."""
+        started, line = time.monotonic(), dict[str, Any](outcome="ok")
+        try:
+            if self._streams.stopping():
+                raise StoppingError("the server is stopping; try another one")
+            with self._access.files.hold(caller.key), self._jobs.place():
+                await self._enhance(context, line)
+        except (Exception, asyncio.CancelledError) as error:
+            line["outcome"] = outcome(error)
+            raise
+        finally:
+            line["open_seconds"] = round(time.monotonic() - started, 3)
+            log(caller, line)
 
     async def close(self) -> None:
         """Wait until all places are given back."""
         await self._jobs.close()
 
-    def _work(self, data: bytes) -> Callable[[Checkpoint], bytes]:
+    async def _enhance(self, context: grpc.aio.ServicerContext, line: dict[str, Any]) -> None:
+        # Until a clip has its place, gRPC lets no more of it come than 64 KiB.
+        late = UploadTimeoutError(f"the clip did not come within {MAX_SECONDS} s")
+        work = self._work(await within(MAX_SECONDS, context.read(), late), line)
+        answer = await self._jobs.run(work)
+        gone = ClientGoneError("the caller did not take the answer")
+        await within(MAX_SECONDS, _send(context, answer), gone)
+
+    def _work(self, data: bytes, line: dict[str, Any]) -> Callable[[Checkpoint], bytes]:
         """What is to be done for a request, which keeps nothing of it but the samples."""
         request = messages.parse(pb.EnhanceClipRequest, b"" if data is grpc.aio.EOF else data)
         rate = messages.rate(request.sample_rate_hz, "sample_rate_hz")
@@ -61,6 +76,7 @@ class Clips:
         samples = messages.samples(request.audio, encoding, rate * MAX_SECONDS)
         if not len(samples):
             raise ParameterError("audio: empty; at least one sample is needed")
+        line |= {"sample_rate_hz": rate, "audio_seconds": round(len(samples) / rate, 6)}
         manifest = self._enhancer.model.manifest
 
         def work(checkpoint: Checkpoint) -> bytes:
@@ -78,6 +94,11 @@ class Clips:
             ).SerializeToString()
 
         return work
+
+
+def log(caller: Caller, line: dict[str, Any]) -> None:
+    """Write the one line of a clip."""
+    logger.info("clip", extra={"fields": caller.fields | line})
 
 
 async def _send(context: grpc.aio.ServicerContext, answer: bytes) -> None:

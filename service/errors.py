@@ -157,6 +157,11 @@ def answer_for(error: Exception) -> Answer:
     return next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
 
 
+def outcome(error: BaseException) -> str:
+    """What logs and metrics call it; who cancels is a caller that is gone."""
+    return answer_for(error if isinstance(error, Exception) else ClientGoneError()).code
+
+
 def told(error: Exception) -> str:
     """What the caller is told: an undeclared exception tells nothing about the service's inside."""
     answer = answer_for(error)

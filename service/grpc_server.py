@@ -6,24 +6,25 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from service import maxine, messages, wakeups
+from service import clips, maxine, messages, wakeups
 from service.access import Access
 from service.callers import Caller
 from service.clips import Clips
-from service.errors import BusyError, ClientGoneError, UnauthenticatedError, answer_for, told
+from service.errors import BusyError, ClientGoneError, UnauthenticatedError, answer_for, outcome, told
 from service.files import Files
 from service.health import Health
 from service.listener import Listener
 from service.logs import logger
 from service.maxine import Maxine
 from service.messages import pb
+from service.metrics import Metrics
 from service.multiplex import Multiplex
 from service.settings import Settings
 from service.streams import Streams
@@ -47,7 +48,7 @@ _OPTIONS = (
 )
 
 _HEALTH = "/grpc.health.v1.Health/"
-_CLIP = f"/{SERVICE}/EnhanceClip"
+_Result = TypeVar("_Result")
 _known: ContextVar[Caller] = ContextVar("_known")  # gRPC keeps it from the interceptor to the handler
 
 
@@ -65,6 +66,7 @@ class GrpcServer:
         self._engine = streams.engine
         self._maxine = Maxine(streams, files)
         self._clips = Clips(streams, access, files)
+        self._metrics = streams.metrics
         self._board = streams.metrics.board
         self._health = health_aio.HealthServicer()
         self.port = 0
@@ -135,18 +137,25 @@ class GrpcServer:
         await self._clips.close()
 
     async def _enhance_stream(self, _: Any, context: grpc.aio.ServicerContext) -> None:
-        await _guard(context, self._streams.converse(_GrpcWire(context), _caller(context)))
+        work = self._streams.converse(_GrpcWire(context), _caller(context))
+        await _guard(context, "EnhanceStream", self._metrics, work)
 
     async def _enhance_streams(self, _: Any, context: grpc.aio.ServicerContext) -> None:
-        await _guard(context, Multiplex(self._streams, context, _caller(context)).run())
+        work = Multiplex(self._streams, context, _caller(context)).run()
+        await _guard(context, "EnhanceStreams", self._metrics, work)
 
     async def _enhance_audio(self, _: Any, context: grpc.aio.ServicerContext) -> None:
-        await _guard(context, self._maxine.enhance_audio(context, _caller(context)))
+        work = self._maxine.enhance_audio(context, _caller(context))
+        await _guard(context, "EnhanceAudio", self._metrics, work)
 
     async def _enhance_clip(self, _: Any, context: grpc.aio.ServicerContext) -> None:
-        await _guard(context, self._clips.enhance_clip(context, _caller(context)))
+        work = self._clips.enhance_clip(context, _caller(context))
+        await _guard(context, "EnhanceClip", self._metrics, work)
 
     async def _get_status(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        return await _guard(context, "GetStatus", self._metrics, self._status())
+
+    async def _status(self) -> bytes:
         model, board = self._model, self._board
         active, capacity = int(board.total("streams")), int(board.total("capacity"))
         return pb.GetStatusResponse(
@@ -184,13 +193,20 @@ class _GrpcWire:
         """
 
 
-async def _guard(context: grpc.aio.ServicerContext, work: Awaitable[None]) -> None:
-    """Await some work; a failure becomes the RPC's status."""
+async def _guard(
+    context: grpc.aio.ServicerContext, method: str, metrics: Metrics, work: Awaitable[_Result]
+) -> _Result:
+    """Await the work of an RPC and count it; a failure becomes its status."""
     try:
-        await work
-        return
+        result = await work
+        metrics.rpcs.labels(method, "ok").inc()
+        return result
+    except asyncio.CancelledError as error:
+        metrics.rpcs.labels(method, outcome(error)).inc()
+        raise
     except Exception as error:
         answer, message = answer_for(error), told(error)
+        metrics.rpcs.labels(method, answer.code).inc()
         if answer.code == "internal":
             logger.error("rpc failed", exc_info=error)
         hint: tuple[tuple[str, str], ...] = ()
@@ -198,6 +214,7 @@ async def _guard(context: grpc.aio.ServicerContext, work: Awaitable[None]) -> No
             hint = (("grpc-retry-pushback-ms", f"{1000 * error.retry_seconds:.0f}"),)
     # Not above: what `abort` raises would keep the error, and with its traceback the caller's audio.
     await context.abort(grpc.StatusCode[answer.grpc_code], message, hint)
+    raise AssertionError("abort raises")
 
 
 class _Gate(grpc.aio.ServerInterceptor):
@@ -219,21 +236,24 @@ class _Gate(grpc.aio.ServerInterceptor):
         try:
             _known.set(self._access.caller("", dict(details.invocation_metadata or ())))
         except UnauthenticatedError as error:
-            is_stream = handler.response_streaming and details.method != _CLIP
-            refuse = partial(self._refuse, error, is_stream=is_stream)
+            is_stream = handler.response_streaming
+            refuse = partial(self._refuse, error, details.method.rpartition("/")[2], is_stream)
             return grpc.stream_stream_rpc_method_handler(refuse)
         return handler
 
     async def _refuse(
-        self, error: Exception, _: Any, context: grpc.aio.ServicerContext, *, is_stream: bool
+        self, error: Exception, method: str, is_stream: bool, _: Any, context: grpc.aio.ServicerContext
     ) -> None:
-        if is_stream:
-            self._streams.refused(Caller(context.peer()), error)
+        caller = Caller(context.peer())
+        if method == "EnhanceClip":
+            clips.log(caller, {"outcome": outcome(error)})
+        elif is_stream:
+            self._streams.refused(caller, error)
 
         async def fail() -> None:
             raise error
 
-        await _guard(context, fail())
+        await _guard(context, method, self._streams.metrics, fail())
 
 
 def _caller(context: grpc.aio.ServicerContext) -> Caller:

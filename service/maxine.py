@@ -23,7 +23,7 @@ from service.errors import (
     StoppingError,
     TooLargeError,
     UploadTimeoutError,
-    answer_for,
+    outcome,
     within,
 )
 from service.files import Files
@@ -82,7 +82,7 @@ class Maxine:
                 line |= _described(summary)
                 await self._send(talk, target)
         except (Exception, asyncio.CancelledError) as error:
-            line["outcome"] = answer_for(error if isinstance(error, Exception) else ClientGoneError()).code
+            line["outcome"] = outcome(error)
             raise
         finally:
             self.n_files -= 1

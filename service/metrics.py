@@ -44,6 +44,7 @@ _LATENCY_SECONDS = (
     0.1,
     1,
 )
+RPCS = ("EnhanceStream", "EnhanceStreams", "EnhanceClip", "GetStatus", "EnhanceAudio")
 _STREAMS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
@@ -119,7 +120,15 @@ class Metrics:
             "Live streams that went on here from the state that another server gave them.",
             registry=self.registry,
         )
+        self.rpcs = Counter(
+            "percepnet_rpcs",
+            "gRPC calls that ended, by outcome: ok or a failure's code.",
+            ("method", "outcome"),
+            registry=self.registry,
+        )
         # Our own failures are there from the start, at 0: already the first must show as an increase.
+        for method in RPCS:
+            self.rpcs.labels(method, "internal")
         self.streams.labels("internal")
         self.errors.labels("internal")
         self.streams_rejected = Counter(

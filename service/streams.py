@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from percepnet.errors import ParameterError
 from percepnet.model import Manifest
-from service import messages
+from service import errors, messages
 from service.access import Access
 from service.callers import Caller
 from service.engine import DEADLINE_SECONDS, Engine, Session
-from service.errors import BusyError, ClientGoneError, IdleError, SlowReaderError, StoppingError, answer_for
+from service.errors import BusyError, ClientGoneError, IdleError, SlowReaderError, StoppingError
 from service.handover import Seals
 from service.logs import logger
 from service.messages import pb
@@ -118,7 +118,7 @@ class Streams:
 
     def refused(self, caller: Caller, error: Exception) -> None:
         """Write the books of a stream that never began."""
-        outcome = answer_for(error).code
+        outcome = errors.outcome(error)
         self.metrics.streams.labels(outcome).inc()
         logger.info("stream refused", extra={"fields": caller.fields | {"outcome": outcome}})
 
@@ -225,9 +225,7 @@ class Conversation:
 
     def _close(self, error: BaseException | None) -> None:
         """Give the place back, and write the books."""
-        outcome = self._outcome
-        if error is not None:
-            outcome = answer_for(error if isinstance(error, Exception) else ClientGoneError()).code
+        outcome = self._outcome if error is None else errors.outcome(error)
         self._metrics.streams.labels(outcome).inc()
         session = self._session
         if session is None:

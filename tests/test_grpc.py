@@ -450,6 +450,22 @@ def test_a_clip_that_nobody_waits_for_is_not_finished(random_model: Model) -> No
     assert len(blocks) < 30
 
 
+def test_a_clip_that_fails_through_our_fault_is_counted_and_logged(
+    random_model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Enhancer):
+        def process(self, *arguments: Any) -> Any:
+            raise RuntimeError("broken")
+
+    failures = 'percepnet_rpcs_total{method="EnhanceClip",outcome="internal"}'
+    with caplog.at_level(logging.INFO), serving(Broken(random_model), max_streams=1) as service:
+        assert f"{failures} 0.0" in service.http.get("/metrics").text
+        assert clip(service, noise(160)).code() is grpc.StatusCode.INTERNAL
+        service.wait_for(failures, 1)
+    (line,) = (vars(record)["fields"] for record in caplog.records if record.getMessage() == "clip")
+    assert (line["outcome"], line["audio_seconds"]) == ("internal", 0.01)
+
+
 def test_a_taken_port_ends_the_process(enhancer: Enhancer, service: Service) -> None:
     settings = Settings(
         http_listen=Address("127.0.0.1", 0), grpc_listen=Address("127.0.0.1", service.server.grpc.port)
