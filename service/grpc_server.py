@@ -78,7 +78,7 @@ class GrpcServer:
         self._ticker = Ticker(self._engine)
         wakeups.gather(asyncio.get_running_loop())
         await self._listener.start()
-        for service in ("", SERVICE, maxine.SERVICE):
+        for service in ("", SERVICE, *maxine.SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     def _build(self) -> grpc.aio.Server:

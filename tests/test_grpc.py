@@ -249,7 +249,8 @@ def test_a_clip_without_audio_is_refused(service: Service) -> None:
 
 def test_health_and_reflection_answer(service: Service) -> None:
     health = health_pb2_grpc.HealthStub(service.channel)
-    for name in ("", "percepnet_service.v1.EnhancementService"):
+    names = "percepnet_service.v1.EnhancementService nvidia.maxine.bnr.v1.MaxineBNR nvidia.ai4m.bnr.v1.BNR"
+    for name in ("", *names.split()):
         response = health.Check(health_pb2.HealthCheckRequest(service=name))
         assert response.status == health_pb2.HealthCheckResponse.SERVING
     listing = reflection_pb2.ServerReflectionRequest(list_services="")
