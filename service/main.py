@@ -4,7 +4,7 @@ import asyncio
 import gc
 import time
 from itertools import cycle
-from signal import SIGTERM
+from signal import SIG_DFL, SIGINT, SIGTERM, raise_signal, signal
 from socket import socket
 from types import FrameType
 
@@ -127,7 +127,10 @@ class Server(uvicorn.Server):
         self.handle_exit(SIGTERM, None)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop, on SIGTERM or SIGINT."""
+        """Begin to stop, on SIGTERM or SIGINT; at Ctrl-C meanwhile, end at once."""
+        if self.health.stopping and sig == SIGINT:
+            signal(sig, SIG_DFL)
+            raise_signal(sig)
         self.health.stopping = True
         super().handle_exit(sig, frame)
 

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import export_random_model
+from websockets.sync.client import connect
 
 from service.serve import run
 
@@ -65,14 +66,22 @@ def started(
             lines.append(json.loads(text))
             if "running on" in lines[-1]["message"]:
                 break
-        yield process, lines
+        try:
+            yield process, lines
+        except BaseException:
+            process.kill()
+            raise
         lines += [json.loads(text) for text in process.stderr]
+
+
+def address(lines: list[dict[str, Any]]) -> str:
+    """Host and port that the log names last."""
+    return next(word for word in lines[-1]["message"].split() if "://" in word).partition("://")[2]
 
 
 def answers(lines: list[dict[str, Any]]) -> bool:
     """Whether it answers where its log says."""
-    url = next(word for word in lines[-1]["message"].split() if word.startswith("http://"))
-    return httpx.get(f"{url}/readyz", timeout=100).status_code == 200
+    return httpx.get(f"http://{address(lines)}/readyz", timeout=100).status_code == 200
 
 
 def test_the_service_starts_answers_and_stops_on_sigterm(tmp_path: Path) -> None:
@@ -82,6 +91,23 @@ def test_the_service_starts_answers_and_stops_on_sigterm(tmp_path: Path) -> None
     assert process.returncode == -signal.SIGTERM
     assert lines[0] == {**lines[0], "level": "warning", "message": "no such setting: PERCEPNET_MODLE"}
     assert any("shutdown complete" in line["message"] for line in lines)
+
+
+def test_the_second_ctrl_c_ends_the_service_though_a_stream_is_open(tmp_path: Path) -> None:
+    config = {"sample_rate_hz": 16_000, "encoding": "ENCODING_S16LE"}
+    with (
+        started(SERVE, tmp_path, PERCEPNET_SHUTDOWN_GRACE_SECONDS="1000") as (process, lines),
+        connect(f"ws://{address(lines)}/v1/stream") as call,
+    ):
+        call.send(json.dumps({"config": config}))
+        call.recv(timeout=100)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert next(text for text in process.stderr if "stopping" in text)
+        process.send_signal(signal.SIGINT)
+        process.wait(100)
+    assert process.returncode == -signal.SIGINT
+    assert {line["level"] for line in lines} <= {"info", "debug"}
 
 
 def test_the_service_runs_where_classes_of_scheduling_cannot_be_set(tmp_path: Path) -> None:
