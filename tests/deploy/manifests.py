@@ -12,7 +12,13 @@ import pytest
 import yaml
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-OVERLAYS = ("kubernetes", "autoscaling/hpa", "autoscaling/keda", "../tests/deploy/secured")
+OVERLAYS = (
+    "kubernetes",
+    "autoscaling/hpa",
+    "autoscaling/keda",
+    "../tests/deploy/secured",
+    "../tests/deploy/emptiest",
+)
 """What is applied, as folders seen from deploy/."""
 
 Object = dict[str, Any]
@@ -61,7 +67,7 @@ def environment(objects: list[Object]) -> dict[str, str]:
 
 def container(objects: list[Object]) -> Object:
     """The one container of the pods."""
-    (found,) = only(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    (found,) = only(objects, "Deployment", "percepnet")["spec"]["template"]["spec"]["containers"]
     return found
 
 

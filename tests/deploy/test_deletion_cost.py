@@ -15,8 +15,6 @@ from conftest import export_random_model
 from manifests import DEPLOY, only, overlay
 from pods import PlainStream, Pod, free_address
 
-validator = pytest.importorskip("kubernetes_validate", reason="needs the dev extra")
-
 PROGRAM = DEPLOY / "autoscaling" / "emptiest-first" / "deletion_cost.py"
 SPEC = importlib.util.spec_from_file_location("deletion_cost", PROGRAM)
 assert SPEC is not None
@@ -118,13 +116,8 @@ def test_costs_are_the_streams_and_are_written_when_they_have_changed(
     assert "dead: " in capsys.readouterr().err
 
 
-def test_the_controller_is_valid_and_runs_the_services_image_with_few_rights() -> None:
+def test_the_controller_runs_the_services_image_with_few_rights() -> None:
     objects = overlay(OVERLAY)
-    for name in (NAME, "percepnet"):
-        for kind in ("ServiceAccount", "Role", "RoleBinding", "Deployment"):
-            for found in objects:
-                if (found["kind"], found["metadata"]["name"]) == (kind, name):
-                    validator.validate(found, "1.31", strict=True)
     (binding,) = (found for found in objects if found["kind"] == "RoleBinding")
     assert binding["subjects"][0]["namespace"] == only(objects, "Namespace")["metadata"]["name"]
     assert only(objects, "Role")["rules"] == [

@@ -122,7 +122,7 @@ def test_files_that_settings_name_are_mounted_from_secrets(objects: list[Object]
         settings.api_keys_file,
         settings.handover_keys_file,
     )
-    pod = only(objects, "Deployment")["spec"]["template"]["spec"]
+    pod = only(objects, "Deployment", "percepnet")["spec"]["template"]["spec"]
     secret = {volume["name"] for volume in pod["volumes"] if "secret" in volume}
     folders = {
         Path(mount["mountPath"]) for mount in container(objects)["volumeMounts"] if mount["name"] in secret
@@ -141,7 +141,7 @@ def test_probes_and_prometheus_speak_tls_where_the_service_does() -> None:
 def test_the_container_reads_the_settings_and_nothing_injects_others(objects: list[Object]) -> None:
     (source,) = container(objects)["envFrom"]
     assert only(objects, "ConfigMap", source["configMapRef"]["name"])["data"] == settings_map(objects)
-    assert only(objects, "Deployment")["spec"]["template"]["spec"]["enableServiceLinks"] is False
+    assert only(objects, "Deployment", "percepnet")["spec"]["template"]["spec"]["enableServiceLinks"] is False
 
 
 def test_ports_are_those_that_the_service_listens_on(objects: list[Object]) -> None:
@@ -160,7 +160,7 @@ def test_ports_are_those_that_the_service_listens_on(objects: list[Object]) -> N
 
 
 def test_every_selector_finds_the_pods(objects: list[Object]) -> None:
-    deployment = only(objects, "Deployment")["spec"]
+    deployment = only(objects, "Deployment", "percepnet")["spec"]
     spreads = deployment["template"]["spec"]["topologySpreadConstraints"]
     labels = deployment["template"]["metadata"]["labels"]
     selectors = [
@@ -187,7 +187,7 @@ def test_the_pods_have_whole_cores_of_their_own(objects: list[Object]) -> None:
 
 
 def test_the_grace_covers_the_drain_and_what_comes_before_it(objects: list[Object]) -> None:
-    pod = only(objects, "Deployment")["spec"]["template"]["spec"]
+    pod = only(objects, "Deployment", "percepnet")["spec"]["template"]["spec"]
     drain = Settings.load(settings_map(objects), {}).shutdown_grace_seconds
     pre_stop = container(objects)["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod["terminationGracePeriodSeconds"] >= pre_stop + drain + 10
@@ -195,7 +195,7 @@ def test_the_grace_covers_the_drain_and_what_comes_before_it(objects: list[Objec
 
 def test_files_fit_into_the_only_folder_that_is_writable(objects: list[Object]) -> None:
     settings = Settings.load(settings_map(objects), {})
-    pod = only(objects, "Deployment")["spec"]["template"]["spec"]
+    pod = only(objects, "Deployment", "percepnet")["spec"]["template"]["spec"]
     writable = [mount for mount in container(objects)["volumeMounts"] if not mount.get("readOnly")]
     assert [mount["mountPath"] for mount in writable] == ["/tmp"]
     (room,) = (quantity(volume["emptyDir"]["sizeLimit"]) for volume in pod["volumes"] if "emptyDir" in volume)
@@ -204,7 +204,7 @@ def test_files_fit_into_the_only_folder_that_is_writable(objects: list[Object]) 
 
 
 def test_the_container_has_no_rights(objects: list[Object]) -> None:
-    pod = only(objects, "Deployment")["spec"]["template"]["spec"]
+    pod = only(objects, "Deployment", "percepnet")["spec"]["template"]["spec"]
     user, _, group = parse(DOCKERFILE.read_text())[-1].user.partition(":")
     assert (pod["securityContext"]["runAsUser"], pod["securityContext"]["runAsGroup"]) == (
         int(user),
@@ -239,7 +239,7 @@ def test_probes_and_metrics_are_answered_by_the_service(random_model: Model) -> 
 
 @pytest.mark.parametrize("name", OVERLAYS[1:])
 def test_an_autoscaled_deployment_has_no_number_of_its_own(name: str) -> None:
-    assert "replicas" not in only(overlay(name), "Deployment")["spec"]
+    assert "replicas" not in only(overlay(name), "Deployment", "percepnet")["spec"]
 
 
 def test_both_autoscalers_ask_for_the_same() -> None:
