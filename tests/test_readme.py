@@ -22,7 +22,7 @@ NOT_RUN = {
     "make": "installs, or runs this test",
     ". .venv": "the tests have their environment",
     ".venv/bin/pip": "installs",
-    "docker build": "needs Docker; `make image` takes the steps without",
+    "docker": "needs Docker; `make image` takes the steps without",
     "kubectl apply": "needs a cluster; tests/deploy holds the manifests against schemas and code",
     "percepnet bench": "measures for minutes",
     "percepnet prepare": "takes hours, as do the next; tests/training has small ones",

@@ -1,6 +1,7 @@
 """The manifests are what Kubernetes accepts, strictly, and they fit the code: every name in them is real."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -262,3 +263,18 @@ def test_the_autoscaler_asks_for_the_metric_that_the_adapter_offers() -> None:
     (rule,) = values["rules"]["custom"]
     assert hpa["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"]
     assert set(rule["resources"]["overrides"]) == {"namespace", "pod"}
+
+
+def test_the_guide_names_what_the_autoscalers_read_from() -> None:
+    """One that cannot read all of its metrics never scales down."""
+    sources = {
+        "Pods": "prometheus-adapter",
+        "ContainerResource": "metrics-server",
+        "prometheus": "Prometheus Operator",
+        "cpu": "metrics-server",
+    }
+    metrics = only(overlay("autoscaling/hpa"), "HorizontalPodAutoscaler")["spec"]["metrics"]
+    triggers = only(overlay("autoscaling/keda"), "ScaledObject")["spec"]["triggers"]
+    (needed,) = re.findall(r"^Needed: .*?^$", (DEPLOY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    for metric in metrics + triggers:
+        assert sources[metric["type"]] in needed
