@@ -36,7 +36,7 @@ sys.path[:] = json.loads(sys.argv[1])
 from service import worker
 sys.exit(worker.main(sys.argv[2]))
 """
-"""It finds modules where the supervisor does; -m would look into the current directory first."""
+"""It finds modules where the supervisor does, and not, as `-m` would, in the current directory first."""
 
 _LOOKS = 8
 """A worker that hangs is looked at so often before it is killed."""
@@ -126,7 +126,7 @@ class Supervisor:
             self._alive,
         )
         worker.process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER, json.dumps(sys.path), str(seat)],
+            [sys.executable, "-P", "-c", _WORKER, json.dumps(sys.path), str(seat)],
             pass_fds=(seat.board, seat.http, seat.alive),
             stdin=subprocess.DEVNULL,
             process_group=0,  # Ctrl-C is for the supervisor, which passes it on in good order

@@ -321,7 +321,8 @@ def test_it_starts_in_a_folder_whose_files_are_named_as_its_modules(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `percepnet serve` does, which looks for no modules there itself."""
-    (tmp_path / "service.py").write_text("raise SystemExit('not the service')")
+    for name in ("service", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not the service')")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.chdir(tmp_path)
     command = [sys.executable, "-P", *COMMAND[1:], *ANYWHERE, "--workers", "2", "--max-streams", "8"]
