@@ -33,7 +33,7 @@ class MixingConfig:
     level_std_db: float = 7.0
     level_range_db: tuple[float, float] = (-45.0, -8.0)
     clean_share: float = 0.1  # nothing added at all: the target is the input
-    absent_share: float = 0.1  # nobody speaks: the target is silence
+    absent_share: float = 0.15  # nobody speaks: the target is silence
     late_share: float = 0.2  # speech starts within the first 60 % of the segment, not before it
     full_band_share: float = 0.5  # speech recorded with at least 16 kHz of bandwidth
     # Recordings whose pauses are louder than this against the speech would teach to keep noise.
@@ -47,7 +47,7 @@ class MixingConfig:
     noises: tuple[float, ...] = (0.55, 0.3, 0.15)  # probabilities of 1, 2, 3 noises at once
     noise_spread_db: float = 10.0  # further noises are up to this much weaker than the first
     synthetic_share: float = 0.13  # of noises…
-    absent_synthetic_share: float = 0.4  # …and where nobody speaks
+    absent_synthetic_share: float = 0.6  # …and where nobody speaks
     babble_share: float = 0.08  # of noises
     babble_talkers: tuple[int, int] = (3, 8)
     babble_snr_min_db: float = 0.0  # below it nobody can tell who is meant
