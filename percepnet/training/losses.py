@@ -33,8 +33,6 @@ _HIGH_BAND_FLOOR = 1e-9
 _SPOKEN_SHARE = 0.1
 """Of such frames, for an example to have a quality."""
 
-_WIDEBAND_HZ = 8000
-
 _DISTORTION_FLOOR = 1e-3
 """Distortion 30 dB below the speech counts as none."""
 
@@ -175,9 +173,9 @@ class SpectralLoss(torch.nn.Module):
         spoken = _spoken(clean)
         if not spoken.any():
             return torch.zeros((), device=clean.device)
-        wideband = self._frequency_hz <= _WIDEBAND_HZ
-        weights = self._bins_meant[wideband][:, None]
-        clean, enhanced = clean[spoken][:, :, wideband], enhanced[spoken][:, :, wideband]
+        below = self._frequency_hz < _HIGH_BAND_HZ[0]
+        weights = self._bins_meant[below][:, None]
+        clean, enhanced = clean[spoken][:, :, below], enhanced[spoken][:, :, below]
         dimensions = (1, 2, 3)
         energy = (clean.square() * weights).sum(dimensions, keepdim=True)
         target = (clean * enhanced * weights).sum(dimensions, keepdim=True) / energy * clean
