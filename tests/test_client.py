@@ -316,6 +316,32 @@ def test_an_answer_that_was_not_waited_for_comes_with_the_next_call(
 
 
 @each_way
+def test_a_push_after_a_cancelled_one_gets_its_own_answer(target: str, multiplex: bool) -> None:
+    """All dry the output is the delayed input. Cancelled while it sends, while it waits, when all is done."""
+    samples = noise(43_200)
+
+    async def main() -> None:
+        async with (
+            AsyncClient(target, multiplex=multiplex) as client,
+            client.stream(48_000, controls=Controls(mix=0)) as stream,
+        ):
+            delayed = np.concatenate([np.zeros(stream.delay_samples), samples])
+            for i, chunk in enumerate(chunks(samples, 1_440)):
+                pushing = asyncio.create_task(stream.push(chunk))
+                if i % 3 == 2:
+                    output = await pushing
+                    np.testing.assert_allclose(output, delayed[1_440 * i :][:1_440], atol=1e-5)
+                    continue
+                for _ in range(1 + i):
+                    await asyncio.sleep(0)
+                pushing.cancel()
+                with suppress(asyncio.CancelledError):
+                    await pushing
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@each_way
 def test_a_stream_that_fails_while_nobody_receives_does_so_without_noise(
     target: str, caplog: pytest.LogCaptureFixture, multiplex: bool
 ) -> None:

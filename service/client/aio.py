@@ -100,6 +100,7 @@ class AsyncLiveStream(BaseStream[_Connection]):
         self._writing = asyncio.Lock()  # whoever has it may write, or put another connection in place
         self._room = asyncio.Event()
         self._receiving: asyncio.Task[Answer | None] | None = None
+        self._n_unwanted = 0  # answers to cancelled calls that are still to be dropped
 
     async def open(self) -> Self:
         """Find a server; `AsyncClient.stream` does it."""
@@ -110,7 +111,7 @@ class AsyncLiveStream(BaseStream[_Connection]):
         """Send samples, float32 (n,) with full scale ±1, and wait for the answer: (n,) float32.
 
         Raises ParameterError if n is no multiple of a stated `message_samples`: the answer would wait for
-        samples that nobody sends meanwhile.
+        samples that nobody sends meanwhile. If it is cancelled, what comes back for its samples is dropped.
         """
         return np.concatenate([(await self._ask(piece)).samples for piece in self._talk.pieces(samples)])
 
@@ -169,13 +170,9 @@ class AsyncLiveStream(BaseStream[_Connection]):
 
         If it is cancelled, as `asyncio.wait_for` does, the next call waits for the same answer.
         """
-        if self._receiving is None:
-            self._receiving = asyncio.create_task(self._receive())
-        await asyncio.wait([self._receiving])
-        received, self._receiving = self._receiving, None
-        if received.cancelled() and self._error:
-            raise self._error
-        return received.result()
+        while (answer := await self._oldest()) is not None and self._n_unwanted:
+            self._n_unwanted -= 1
+        return answer
 
     def close(self) -> None:
         """Hang up, whatever is under way."""
@@ -188,6 +185,16 @@ class AsyncLiveStream(BaseStream[_Connection]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    async def _oldest(self) -> Answer | None:
+        """`receive`, for unwanted answers too."""
+        if self._receiving is None:
+            self._receiving = asyncio.create_task(self._receive())
+        await asyncio.wait([self._receiving])
+        received, self._receiving = self._receiving, None
+        if received.cancelled() and self._error:
+            raise self._error
+        return received.result()
 
     async def _receive(self) -> Answer | None:
         while self._answers or not self._talk.ended:
@@ -215,8 +222,13 @@ class AsyncLiveStream(BaseStream[_Connection]):
         return None
 
     async def _ask(self, item: Item) -> Answer:
-        await self.send(item)
-        answer = await self.receive()
+        n_asked = self._talk.n_asked
+        try:
+            await self.send(item)
+            answer = await self.receive()
+        except asyncio.CancelledError:
+            self._n_unwanted += self._talk.n_asked - n_asked
+            raise
         if answer is None:
             raise EndedError("the stream was ended")
         return answer

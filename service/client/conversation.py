@@ -170,6 +170,11 @@ class Conversation:
             self._lead_in = delay if self._compensate else 0
 
     @property
+    def n_asked(self) -> int:
+        """Items asked so far."""
+        return self.n_answers + len(self._asked)
+
+    @property
     def movable(self) -> bool:
         """Whether the server would hand the stream over."""
         return bool(self.started.challenge)
