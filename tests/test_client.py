@@ -6,6 +6,7 @@ in its place, or the stream ends in one error that says why.
 
 import asyncio
 import gc
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -399,6 +400,32 @@ def test_an_asyncio_client_that_is_closed_ends_its_streams(target: str, multiple
 
     asyncio.run(asyncio.wait_for(main(), 60))
     eventually(lambda: active(target) == [0], "an idle server")
+
+
+@each_way
+def test_a_client_that_is_closed_ends_what_is_being_opened(
+    caplog: pytest.LogCaptureFixture, multiplex: bool
+) -> None:
+    """The server takes the connection and says nothing. No task stays behind."""
+
+    async def close_while_opening() -> None:
+        client = AsyncClient(target, multiplex=multiplex)
+        opening = asyncio.ensure_future(client.stream(RATE).__aenter__())
+        connected = await asyncio.to_thread(mute.accept)
+        await client.close()
+        with pytest.raises(EndedError, match="the client was closed"):
+            await opening
+        connected[0].close()
+
+    async def main() -> None:
+        await close_while_opening()
+        await asyncio.sleep(0.1)
+        gc.collect()
+        assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        target = f"127.0.0.1:{mute.getsockname()[1]}"
+        asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_positions_go_on_after_a_break_in_a_long_passage(link: Link) -> None:

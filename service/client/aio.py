@@ -60,6 +60,11 @@ class _Connection:
         except (grpc.RpcError, asyncio.InvalidStateError):
             self._write_failed = True
 
+    async def write_all(self, requests: list[Request]) -> None:
+        """Send messages, one after another."""
+        for request in requests:
+            await self.write(request)
+
     async def answer(self) -> Response:
         """The next message; raises grpc.RpcError, EndedError, or InvalidStateError after `drop`."""
         try:
@@ -265,11 +270,13 @@ class AsyncLiveStream(BaseStream[_Connection]):
     async def _call(self, address: str, messages: list[Request]) -> tuple[_Connection, Response]:
         """Send messages to a server; returns what it answers to the first."""
         connection = _Connection(self._client, address, self._timeout_seconds)
+        # Reading tells that the client was closed; a write that waits for the server never hears of it.
+        writing = asyncio.create_task(connection.write_all(messages))
         try:
-            for request in messages:
-                await connection.write(request)
             response = await connection.answer()
+            await writing
         except BaseException:
+            writing.cancel()
             connection.drop()
             raise
         self._client.pods.succeeded(address)

@@ -242,7 +242,8 @@ class AsyncTrunk:
             METHOD, pb.EnhanceStreamsRequest.SerializeToString, pb.EnhanceStreamsResponse.FromString
         )
         self._call: Any = method(metadata=self._metadata)
-        self._tasks = [asyncio.create_task(self._speak()), asyncio.create_task(self._listen())]
+        self._speaking = asyncio.create_task(self._speak())
+        self._listening = asyncio.create_task(self._listen())
 
     def session(self, timeout_seconds: float | None) -> "AsyncSession | None":
         """Open a session; None if this RPC is over, or the worker at its other end full."""
@@ -281,6 +282,7 @@ class AsyncTrunk:
             error = _HungUpError()
         finally:
             self._end()
+            self._speaking.cancel()  # a write that waits for the server never hears of it
             for number in list(self._sessions):
                 self._tell(number, error)
 
