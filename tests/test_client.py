@@ -403,6 +403,40 @@ def test_an_asyncio_client_that_is_closed_ends_its_streams(target: str, multiple
 
 
 @each_way
+def test_a_client_that_is_closed_frees_a_sender_that_waits(target: str, multiplex: bool) -> None:
+    def speak(stream: LiveStream) -> None:
+        while True:
+            stream.send(noise(1_600))
+
+    client = Client(target, multiplex=multiplex)
+    with ThreadPoolExecutor() as threads, client.stream(RATE) as stream:
+        speaker = threads.submit(speak, stream)
+        eventually(lambda: stream._talk.unanswered_samples > RATE, "a full window")
+        client.close()
+        with pytest.raises(EndedError, match="the client was closed"):
+            speaker.result(30)
+
+
+@each_way
+def test_an_asyncio_client_that_is_closed_frees_a_sender_that_waits(target: str, multiplex: bool) -> None:
+    async def speak(stream: AsyncLiveStream) -> None:
+        while True:
+            await stream.send(noise(1_600))
+
+    async def main() -> None:
+        client = AsyncClient(target, multiplex=multiplex)
+        stream = await client.stream(RATE)
+        speaker = asyncio.create_task(speak(stream))
+        while stream._talk.unanswered_samples <= RATE:
+            await asyncio.sleep(0.01)
+        await client.close()
+        with pytest.raises(EndedError, match="the client was closed"):
+            await speaker
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@each_way
 def test_a_client_that_is_closed_ends_what_is_being_opened(
     caplog: pytest.LogCaptureFixture, multiplex: bool
 ) -> None:

@@ -28,6 +28,7 @@ from service.client.conversation import (
 )
 from service.client.multiplex import AsyncTrunk
 from service.client.pods import (
+    CLOSED_SECONDS,
     LOOK_UP_SECONDS,
     MOVE_SECONDS,
     Attempts,
@@ -164,7 +165,10 @@ class AsyncLiveStream(BaseStream[_Connection]):
         """Send one item; waits while a whole window of audio is unanswered."""
         while self._talk.unanswered_samples > WINDOW_SECONDS * self._talk.sample_rate and not self._error:
             self._room.clear()
-            await self._room.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CLOSED_SECONDS):
+                    await self._room.wait()
+            self._pods.check_open()
         async with self._writing:
             if self._error:
                 raise self._error

@@ -28,6 +28,9 @@ PATIENCE_SECONDS = 10.0
 MOVE_SECONDS = 1.0
 """Between two looks for another server, while the present one is about to stop."""
 
+CLOSED_SECONDS = 0.1
+"""Within this time a sender that waits for room learns that the client was closed."""
+
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
 """A server that cannot be reached is left alone for a time that doubles from one to the other."""
 
@@ -139,7 +142,7 @@ class Pods(Generic[Channel]):
         """
         now = time.monotonic()
         with self._lock:
-            self._check_open()
+            self.check_open()
             listed = {name: pod for name, pod in self._pods.items() if pod.listed}
             ready = {name: pod for name, pod in listed.items() if pod.until <= now}
             if ready:
@@ -185,7 +188,7 @@ class Pods(Generic[Channel]):
     def channel(self, address: str) -> Channel:
         """The channel to a pod; raises EndedError after `close`."""
         with self._lock:
-            self._check_open()
+            self.check_open()
             if address not in self._channels:
                 self._channels[address] = self._make(address)
             return self._channels[address]
@@ -206,7 +209,8 @@ class Pods(Generic[Channel]):
             self._channels.clear()
             return channels
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise EndedError after `close`."""
         if self._closed:
             raise EndedError("the client was closed")
 

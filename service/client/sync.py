@@ -29,6 +29,7 @@ from service.client.conversation import (
 )
 from service.client.multiplex import Session, Trunk
 from service.client.pods import (
+    CLOSED_SECONDS,
     LOOK_UP_SECONDS,
     MOVE_SECONDS,
     Attempts,
@@ -127,7 +128,8 @@ class LiveStream(BaseStream[_Connection]):
         """Send one item; waits while a whole window of audio is unanswered."""
         with self._changed:
             while self._talk.unanswered_samples > WINDOW_SECONDS * self._talk.sample_rate and not self._error:
-                self._changed.wait()
+                self._changed.wait(CLOSED_SECONDS)
+                self._pods.check_open()
             if self._error:
                 raise self._error
             self._connection.requests.put(self._talk.ask(item))
