@@ -7,7 +7,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -454,16 +454,30 @@ def test_a_client_moves_with_its_state(replacement: Replacement, enhancer: Enhan
 def test_an_asyncio_client_moves_with_its_state(
     replacement: Replacement, enhancer: Enhancer, multiplex: bool
 ) -> None:
+    """With audio under way, and the end held back: once it is sent the stream stays where it is."""
     samples = noise(16_000)
+    parts = np.split(samples, 50)
 
     async def main() -> list[np.ndarray]:
+        stopping = asyncio.Event()
+
+        async def speak() -> AsyncIterator[np.ndarray]:
+            for part in parts[:25]:
+                yield part
+            await stopping.wait()
+            for part in parts[25:]:
+                yield part
+            while not (stream.handovers or stream.reconnections):
+                await asyncio.sleep(0.005)
+
         async with AsyncClient("calls:50051", multiplex=multiplex, resolver=replacement) as client:
             stream = await client.stream(RATE, compensate_delay=True)
             outputs = []
-            async for output in stream.pipe(np.split(samples, 50), realtime=True):
+            async for output in stream.pipe(speak()):
                 outputs.append(output)
                 if len(outputs) == 10:
-                    replacement.stop()
+                    await asyncio.to_thread(replacement.stop)
+                    stopping.set()
             assert (stream.handovers, stream.reconnections) == (1, 0)
             return outputs
 
