@@ -91,6 +91,7 @@ class AudioReader:
             file = opened.enter_context(open(source, "rb")) if isinstance(source, str | Path) else source
             _check_start(file)
             _check_end(file)
+            self._guessed = _is_mp3_of_unknown_length(file)
             file.seek(0)
             try:
                 self._sound = opened.enter_context(_SequentialFile(file))
@@ -105,7 +106,7 @@ class AudioReader:
         self.channels: int = self._sound.channels
         self.subtype: str = self._sound.subtype
         frames: int = self._sound.frames
-        self.n_samples = 0 if frames == UNKNOWN_FRAMES else frames
+        self.n_samples = 0 if frames == UNKNOWN_FRAMES or self._guessed else frames
         """Per channel, as the header promises; 0 if it does not say."""
         _check_rate(self.sample_rate)
         if frames <= 0:
@@ -130,19 +131,14 @@ class AudioReader:
         if self.n_samples - done > PROMISE_TOLERANCE_SECONDS * self.sample_rate or not done:
             raise AudioError(
                 f"the file is truncated: its header promises {self.n_samples} samples, it holds {done}"
-                + (", or an MP3 of variable bit rate without a Xing header" if self._is_mp3 else "")
             )
-        if self._is_mp3:
+        if self._sound.format == "MP3":
             self._check_mp3_end(done)
 
-    @property
-    def _is_mp3(self) -> bool:
-        return str(self._sound.format) == "MP3"
-
     def _check_mp3_end(self, done: int) -> None:
-        """Without a Xing header libsndfile guesses the length from the first frame, and stops there."""
+        """libsndfile stops where its guess of the length is too short, or where another file begins."""
         rest = self._file.read(MP3_LEFTOVER + 1)
-        if len(rest) > MP3_LEFTOVER and _is_mpeg_frame(rest):
+        if len(rest) > MP3_LEFTOVER and (self._guessed or _is_mpeg_frame(rest)):
             raise AudioError(
                 f"the MP3 goes on after the {done} samples that its start promises: it has a variable bit "
                 "rate and no Xing header, or is several files in one; convert it to FLAC or WAV"
@@ -329,6 +325,18 @@ def _check_start(file: BinaryIO) -> None:
 def _is_mpeg_frame(data: bytes) -> bool:
     """Eleven set bits, then a version and a layer that is not the reserved 0 (AAC has that)."""
     return len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0 and data[1] & 0x06 != 0
+
+
+def _is_mp3_of_unknown_length(file: BinaryIO) -> bool:
+    """Whether the first frame is no Xing header with a count: libsndfile then guesses from its bit rate."""
+    file.seek(0)
+    tag = file.read(10)
+    tag_length = sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=False))
+    file.seek(10 + tag_length if tag[:3] == b"ID3" else 0)
+    frame = file.read(64)
+    at = max(frame.find(b"Xing"), frame.find(b"Info"))
+    flags, n_frames = (int.from_bytes(frame[i : i + 4], "big") for i in (at + 4, at + 8))
+    return _is_mpeg_frame(frame) and not (at > 0 and flags & 1 and n_frames)
 
 
 def _check_end(file: BinaryIO) -> None:

@@ -256,22 +256,40 @@ def test_a_cut_mp3_is_refused(capfd):
         read(io.BytesIO(MP3[:-3_000]))
 
 
-@pytest.mark.parametrize(
-    ("louder", "message"),
-    [(slice(0, 20_000), "goes on after"), (slice(20_000, None), "without a Xing header")],
-)
-def test_an_mp3_of_variable_bit_rate_without_its_length_is_not_cut_or_padded(louder, message, capfd):
-    """libsndfile guesses such a length from the first frame: too short if that is long, and the other way."""
-    samples = chirp(160_000)[0] * 0.0
+def variable_mp3(louder: slice) -> tuple[bytes, bytes]:
+    """An MP3 of variable bit rate, and the same without its length."""
+    samples = np.zeros(160_000, np.float32)
     samples[louder] = noise(160_000)[0, louder]
     file = io.BytesIO()
     with soundfile.SoundFile(file, "w", 16_000, 1, format="MP3", bitrate_mode="VARIABLE") as writer:
         writer.write(samples)
     data = file.getvalue()
-    assert read(io.BytesIO(data)).shape == (1, 160_000)
-    without = data[data.index(b"\xff\xf3", 4) :]  # the header takes the place of the first frame
-    with pytest.raises(AudioError, match=message):
-        read(io.BytesIO(without))
+    return data, data[data.index(b"\xff\xf3", 4) :]  # the header takes the place of the first frame
+
+
+@pytest.mark.parametrize("kind", ["no Xing header", "behind an ID3 tag", "a Xing header without a count"])
+def test_an_mp3_of_unknown_length_is_read_to_its_end(kind, capfd):
+    """libsndfile guesses its length from the first frame, here too long: it is quiet."""
+    data, without = variable_mp3(slice(20_000, None))
+    if kind == "behind an ID3 tag":
+        without = b"ID3\x04\0\0\0\0\x01\0" + bytes(128) + without
+    if kind == "a Xing header without a count":  # as programs write it into a pipe
+        without = patched(data, data.index(b"Xing") + 8, bytes(4))
+    with AudioReader(io.BytesIO(without)) as reader:
+        assert reader.n_samples == 0
+        samples = np.concatenate(list(reader.blocks(1_000)), axis=1)
+    delay = 576 + 529  # of LAME's encoder and of the decoder
+    np.testing.assert_allclose(samples[:, delay:][:, :160_000], read(io.BytesIO(data)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("louder", "after"),
+    [(slice(0, 20_000), b""), (slice(20_000, None), encoded("MP3", "MPEG_LAYER_III", 8_000, 1, 64_000))],
+)
+def test_an_mp3_of_unknown_length_of_which_a_part_would_be_read_is_refused(louder, after, capfd):
+    """Its start is louder than the rest, so the guess is too short; or audio of another rate follows."""
+    with pytest.raises(AudioError, match="goes on after"):
+        read(io.BytesIO(variable_mp3(louder)[1] + after))
 
 
 def test_a_flac_from_a_pipe_promises_no_length_and_is_read_in_full():
