@@ -59,6 +59,8 @@ class Options:
     """In every message, or 0 for any number."""
     compensate_delay: bool = False
     report: bool = False
+    never_dry: bool = False
+    """Whether every frame is enhanced, however late."""
     shares_messages: bool = False
     """Whether it comes and goes in the same messages as other sessions."""
 
@@ -226,7 +228,7 @@ class Session:
         The lateness of a frame counts from when it came, or would have come had it been sent as it was
         spoken: the queue of somebody who sends faster is no fault of the engine.
         """
-        if self._is_ahead or not self._due or now <= self._due[0] + LATE_SECONDS:
+        if self.options.never_dry or self._is_ahead or not self._due or now <= self._due[0] + LATE_SECONDS:
             return 0
         return sum(due < now for due in self._due)
 

@@ -53,6 +53,7 @@ def options(config: pb.StreamConfig) -> Options:
         config.message_samples,
         config.compensate_delay,
         config.report,
+        never_dry=config.never_dry,
     )
 
 
@@ -111,6 +112,7 @@ def started(
         message_samples=chosen.message_samples,
         compensate_delay=chosen.compensate_delay,
         report=chosen.report,
+        never_dry=chosen.never_dry,
     )
     return pb.EnhanceStreamResponse(
         started=pb.StreamStarted(

@@ -7,14 +7,17 @@ frame is too late (see test_engine.py); here every frame of a live stream is.
 import json
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grpc
 import httpx
 import numpy as np
 import pytest
+import soundfile
 from running import TIMEOUT_SECONDS, eventually, running
 from websockets.sync.client import connect
 
+from percepnet.cli import main
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model
 from percepnet.stream import enhance
@@ -100,6 +103,37 @@ def test_a_maxine_stream_whose_protocol_cannot_tell_is_counted(
     heard = np.frombuffer(b"".join(answer.audio_stream_data for answer in answers), "<f4")
     np.testing.assert_allclose(heard, DELAYED[: len(heard)], atol=1e-6)
     assert counted() >= N_FRAMES
+
+
+@pytest.mark.parametrize("multiplex", [False, True])
+def test_a_stream_that_has_time_is_enhanced_however_late(
+    server: Server, counted: Callable[[], float], random_model: Model, multiplex: bool
+) -> None:
+    target = f"127.0.0.1:{server.grpc.port}"
+    options = {"message_samples": HOP, "compensate_delay": True, "never_dry": True}
+    with Client(target, multiplex=multiplex) as client, client.stream(RATE, **options) as call:
+        heard = [call.push(frame) for frame in np.split(SAMPLES, N_FRAMES)]
+        assert call.started.config.never_dry
+        assert call.last is not None
+        assert not call.last.dry
+        heard.append(call.end())
+    expected = enhance(SAMPLES, RATE, enhancer=Enhancer(random_model))
+    np.testing.assert_array_equal(np.concatenate(heard), expected)
+    assert counted() == 0
+
+
+def test_the_command_never_writes_dry_frames_without_a_word(
+    server: Server, counted: Callable[[], float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a recording every frame is enhanced; live it tells how many messages were not."""
+    source, output = tmp_path / "a.wav", tmp_path / "out.wav"
+    soundfile.write(source, SAMPLES, RATE, "FLOAT")
+    command = ["stream", str(source), str(output), "--target", f"127.0.0.1:{server.grpc.port}", "--force"]
+    assert main(command) == 0
+    assert "without enhancement" not in capsys.readouterr().out
+    assert counted() == 0
+    assert main([*command, "--realtime"]) == 0
+    assert f"{N_FRAMES + 1} messages came back without enhancement" in capsys.readouterr().out
 
 
 def test_a_clip_and_a_file_are_enhanced_however_late(

@@ -120,6 +120,7 @@ class BaseClient(ABC, Generic[Channel, Stream]):
         message_samples: int = 0,
         compensate_delay: bool = False,
         report: bool = False,
+        never_dry: bool = False,
         timeout_seconds: float | None = None,
     ) -> Stream:
         """Open a live stream; the fields are those of the proto's StreamConfig."""
@@ -129,6 +130,7 @@ class BaseClient(ABC, Generic[Channel, Stream]):
             message_samples=message_samples,
             compensate_delay=compensate_delay,
             report=report,
+            never_dry=never_dry,
         )
         return self._begin(talk, timeout_seconds)
 

@@ -122,12 +122,18 @@ class _Talk:
         self._n_read = 0
         self._sent: deque[float] = deque()  # when the blocks went out whose answers are not there
         self._took: list[float] = []  # until the answer was there
+        self._n_dry = 0  # answers with samples that were not enhanced
 
     async def run(self, controls: Controls, writer: AudioWriter, show: Callable[[int, int], None]) -> None:
         """Send all blocks, and write what comes back."""
         async with self._client, AsyncExitStack() as opened:
             for _ in range(self._reader.channels):
-                stream = self._client.stream(self._wire_rate, controls=controls, message_samples=self._step)
+                stream = self._client.stream(
+                    self._wire_rate,
+                    controls=controls,
+                    message_samples=self._step,
+                    never_dry=not self._realtime,
+                )
                 self._streams.append(await opened.enter_async_context(stream))
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -144,6 +150,8 @@ class _Talk:
             words += f", answers after {median:.1f} ms (median) to {worst:.1f} ms"
         if broken := sum(stream.reconnections for stream in self._streams):
             words += f", taken up again {broken} times"
+        if self._n_dry:
+            words += f"; the server was too slow: {self._n_dry} messages came back without enhancement"
         return words
 
     @property
@@ -165,8 +173,9 @@ class _Talk:
     async def _listen(self, writer: AudioWriter, show: Callable[[int, int], None]) -> None:
         lead_in = self._delay_samples
         while (first := await self._streams[0].receive()) is not None:
-            others = [await stream.receive() for stream in self._streams[1:]]
-            ready = np.stack([first.samples, *(answer.samples for answer in others if answer)])
+            answers = [first, *[await stream.receive() for stream in self._streams[1:]]]
+            ready = np.stack([answer.samples for answer in answers if answer])
+            self._n_dry += sum(answer.message.audio.dry for answer in answers if answer)
             if self._sent:
                 self._took.append(time.perf_counter() - self._sent.popleft())
             if self._adapter is not None:

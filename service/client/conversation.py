@@ -94,6 +94,7 @@ class Conversation:
         message_samples: int = 0,
         compensate_delay: bool = False,
         report: bool = False,
+        never_dry: bool = False,
     ) -> None:
         if sample_rate <= 0:
             raise ParameterError(f"a sample rate of {sample_rate} Hz; accepted are 8000 to 48000")
@@ -110,6 +111,7 @@ class Conversation:
             parameters=_parameters(controls),
             message_samples=message_samples,
             report=report,
+            never_dry=never_dry,
         )
         self._compensate = compensate_delay
         self._asked: deque[Request] = deque()  # not answered yet

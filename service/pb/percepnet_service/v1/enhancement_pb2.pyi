@@ -27,20 +27,22 @@ class Parameters(_message.Message):
     def __init__(self, attenuation_limit_db: _Optional[float] = ..., mix: _Optional[float] = ..., postfilter: _Optional[float] = ...) -> None: ...
 
 class StreamConfig(_message.Message):
-    __slots__ = ("sample_rate_hz", "encoding", "parameters", "message_samples", "compensate_delay", "report")
+    __slots__ = ("sample_rate_hz", "encoding", "parameters", "message_samples", "compensate_delay", "report", "never_dry")
     SAMPLE_RATE_HZ_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     COMPENSATE_DELAY_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    NEVER_DRY_FIELD_NUMBER: _ClassVar[int]
     sample_rate_hz: int
     encoding: Encoding
     parameters: Parameters
     message_samples: int
     compensate_delay: bool
     report: bool
-    def __init__(self, sample_rate_hz: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., message_samples: _Optional[int] = ..., compensate_delay: _Optional[bool] = ..., report: _Optional[bool] = ...) -> None: ...
+    never_dry: bool
+    def __init__(self, sample_rate_hz: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., message_samples: _Optional[int] = ..., compensate_delay: _Optional[bool] = ..., report: _Optional[bool] = ..., never_dry: _Optional[bool] = ...) -> None: ...
 
 class EnhanceStreamRequest(_message.Message):
     __slots__ = ("config", "audio", "parameters", "flush", "end", "hand_over", "resume")
