@@ -8,7 +8,7 @@ from service import keys
 from service.board import Board
 from service.callers import Caller, Quota
 from service.errors import UnauthenticatedError
-from service.settings import Settings
+from service.settings import Address, Settings
 from service.tls import Tls
 from service.watched import Watched
 
@@ -62,4 +62,4 @@ class Access:
 def peer_of(connection: HTTPConnection) -> str:
     """Address and port at the other end."""
     client = connection.client
-    return f"{client.host}:{client.port}" if client else "unknown"
+    return str(Address(*client)) if client else "unknown"

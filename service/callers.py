@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from service.board import Board
 from service.errors import LimitError
@@ -20,7 +21,7 @@ class Caller:
     """Who sends a request, as far as the log tells."""
 
     peer: str
-    """Address and port: one connection."""
+    """Address and port, as the interface that it came by writes them: one connection."""
     key: str | None = None
     """Name of the API key."""
     traceparent: str | None = None
@@ -35,7 +36,14 @@ class Caller:
     @property
     def fields(self) -> dict[str, str]:
         """What a log line tells of it."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        told = {name: value for name, value in vars(self).items() if value is not None}
+        return told | {"peer": _address(self.peer)}
+
+
+def _address(peer: str) -> str:
+    """A peer as HTTP writes it: gRPC has `ipv6:%5B::1%5D:53754` for `[::1]:53754`."""
+    family, _, address = peer.partition(":")
+    return unquote(address) if family in ("ipv4", "ipv6") else peer
 
 
 class Quota:

@@ -5,8 +5,10 @@ import logging
 import time
 from typing import Any
 
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.access import peer_of
 from service.errors import StoppingError, answer_for, problem
 from service.logs import logger
 from service.metrics import Metrics
@@ -28,7 +30,8 @@ class Observe:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        line: dict[str, Any] = {"status": None, "request_bytes": 0, "response_bytes": 0}
+        peer = peer_of(HTTPConnection(scope))
+        line: dict[str, Any] = {"status": None, "request_bytes": 0, "response_bytes": 0, "peer": peer}
         scope.setdefault("state", {})["line"] = line
 
         unread = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])

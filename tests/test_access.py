@@ -6,6 +6,7 @@ Invariant: who has no key or certificate gets a declared error and nothing else;
 import json
 import logging
 import os
+import re
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -225,6 +226,35 @@ def test_the_log_names_the_key_and_never_tells_it(locked: Callers, caplog: pytes
     service = [record for record in caplog.records if record.name.startswith(("percepnet", "uvicorn"))]
     told = str([(record.getMessage(), getattr(record, "fields", "")) for record in service])
     assert not any(key in told for key in (ALICE, BOB, "a-key-that-nobody-knows"))
+
+
+def test_every_line_of_the_log_tells_the_callers_address(
+    locked: Callers, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "percepnet.service"):
+        for path in ("/docs", "/openapi.json", "/v1/model", "/nowhere"):
+            locked.http.get(path)
+        locked.websocket({})
+        with pytest.raises(grpc.RpcError):
+            locked.open_grpc({})
+        locked.open_grpc({"x-api-key": ALICE}).cancel()
+        eventually(lambda: "stream closed" in caplog.messages, "the last line")
+    peers = [record.fields["peer"] for record in caplog.records]  # type: ignore[attr-defined]
+    assert len(peers) == 8
+    assert all(re.fullmatch(r"(127\.0\.0\.1|\[::1\]):\d+", peer) for peer in peers)
+
+
+@pytest.mark.parametrize(
+    ("peer", "told"),
+    [
+        ("ipv4:127.0.0.1:36004", "127.0.0.1:36004"),
+        ("ipv6:%5B::1%5D:53754", "[::1]:53754"),
+        ("[::1]:53754", "[::1]:53754"),
+        ("unix:/run/percepnet", "unix:/run/percepnet"),
+    ],
+)
+def test_an_address_has_one_form_in_the_log(peer: str, told: str) -> None:
+    assert Caller(peer).fields == {"peer": told}
 
 
 def test_a_changed_key_file_counts_at_once_and_a_broken_one_not_at_all(
