@@ -136,6 +136,11 @@ class Model:
         Raises ModelError with what was found and what was expected.
         """
         path = ASSETS if path is None else Path(path)
+        if not path.exists():
+            raise ModelError(
+                f"there is no model {path}; accepted are a {MODEL_FILE} with its {MANIFEST_FILE} beside it, "
+                "and their folder"
+            )
         path = path / MODEL_FILE if path.is_dir() else path
         manifest = Manifest.read(path.with_name(MANIFEST_FILE))
         try:

@@ -259,6 +259,10 @@ class TestRefused:
         with pytest.raises(ModelError, match=name):
             Model.load(path)
 
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match=r"there is no model .*/nope; accepted are a model.onnx"):
+            Model.load(tmp_path / "nope")
+
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
