@@ -25,6 +25,9 @@ MAX_LEVEL = 32_768.0
 BLOCK_FRAMES = 200
 """Frames enhanced at once in arrays and files, over all channels together; bounds the memory."""
 
+MAX_CHANNELS = 64
+"""Of an array: more are samples, in an array whose axes are swapped."""
+
 
 class FrameAdapter:
     """Between callers at any sample rate and whole 10 ms frames at 48 kHz, for streams that run together.
@@ -215,13 +218,16 @@ def enhance(
 ) -> np.ndarray:
     """Enhance a whole recording, with no delay against the input; each channel on its own.
 
-    samples: (n,) or (n, channels) float32 or float64, full scale ±1; NaN and infinities count as silence.
-    sample_rate: 8000 to 192000 Hz. progress: called after each block with the samples done and the samples
-    expected; may raise to stop. Returns float32 of the same shape. Raises ParameterError.
+    samples: (n,) or (n, channels) float32 or float64, full scale ±1, up to 64 channels; NaN and infinities
+    count as silence. sample_rate: 8000 to 192000 Hz. progress: called after each block with the samples done
+    and the samples expected; may raise to stop. Returns float32 of the same shape. Raises ParameterError.
     """
     signal = _floats(samples)
-    if signal.ndim not in (1, 2) or 0 in signal.shape[1:]:
-        raise ParameterError(f"samples of shape {signal.shape}; accepted are (n,) and (n, channels)")
+    if signal.ndim not in (1, 2) or (signal.ndim == 2 and not 1 <= signal.shape[1] <= MAX_CHANNELS):
+        raise ParameterError(
+            f"samples of shape {signal.shape}; accepted are (n,) and (n, channels) of 1 to {MAX_CHANNELS} "
+            "channels"
+        )
     channels = signal[np.newaxis] if signal.ndim == 1 else signal.T
     streams = _Streams(len(channels), sample_rate, controls, enhancer)
     size = block_length(sample_rate, len(channels))

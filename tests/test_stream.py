@@ -203,7 +203,7 @@ def test_samples_that_are_no_floats_are_refused(enhancer, samples):
             call(samples)
 
 
-@pytest.mark.parametrize("shape", [(), (10, 2, 2), (10, 0)])
+@pytest.mark.parametrize("shape", [(), (10, 2, 2), (10, 0), (2, 48_000)])
 def test_samples_of_another_shape_are_refused(enhancer, shape):
     with pytest.raises(ParameterError, match=r"\(n,\) and \(n, channels\)"):
         enhance(np.zeros(shape), 48_000, enhancer=enhancer)
