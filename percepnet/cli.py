@@ -79,8 +79,8 @@ def _what_to_install(name: str | None, error: ModuleNotFoundError) -> str:
     if name is None or error.name == COMMANDS[name].module:
         return f"this installation has no `percepnet {name}`"
     extra = COMMANDS[name].extra
-    package = f"percepnet[{extra}]" if extra else "percepnet"
-    return f"`percepnet {name}` needs the module {error.name!r}: pip install '{package}'"
+    command = f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
+    return f"`percepnet {name}` needs the module {error.name!r}: {command} in this project's folder"
 
 
 def _complain(message: object, status: int) -> int:

@@ -29,7 +29,7 @@ def need(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise PercepNetError(
-            f"measuring needs the module {error.name!r}: pip install 'percepnet[measure]'"
+            f"measuring needs the module {error.name!r}: pip install -e '.[measure]' in this project's folder"
         ) from error
 
 
