@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from service import cores, keys
 
@@ -79,6 +79,9 @@ def _meaning(
     """unset: what no value means, in words. secret: no flag, which all on the machine can see, and in no
     message."""
     return {"parse": parse, "meaning": meaning, "unset": unset, "secret": secret}
+
+
+_METAVARS = {Address: "HOST:PORT", Path: "PATH", int: "N", float: "SECONDS", str: "LEVEL"}
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default = setting.metadata["unset"] if setting.default is None else setting.default
         parser.add_argument(
             _flag(setting.name),
-            metavar=setting.name.rpartition("_")[2].upper(),
+            metavar=_METAVARS[(get_args(setting.type) or (setting.type,))[0]],
             help=f"{setting.metadata['meaning']} (default: {default}; {PREFIX}{setting.name.upper()})",
         )
 

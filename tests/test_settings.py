@@ -114,3 +114,11 @@ def test_help_names_flag_variable_and_default(capsys: pytest.CaptureFixture[str]
     text = " ".join(capsys.readouterr().out.split())
     assert "--max-requests" in text
     assert "(default: 32; PERCEPNET_MAX_REQUESTS)" in text
+    for shown in (
+        "--http-listen HOST:PORT",
+        "--max-streams-per-key N",
+        "--tls-key PATH",
+        "--hang-seconds SECONDS",
+        "--log-level LEVEL",
+    ):
+        assert shown in text
