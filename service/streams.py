@@ -229,7 +229,8 @@ class Conversation:
         self._metrics.streams.labels(outcome).inc()
         session = self._session
         if session is None:
-            self._log("stream refused", outcome=outcome)
+            left = error is None or outcome == "client_gone"
+            self._log("stream left before its config" if left else "stream refused", outcome=outcome)
             return
         self._engine.close(session)
         session.answers.clear()

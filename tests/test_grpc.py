@@ -202,8 +202,11 @@ def test_a_wrong_message_names_its_field_and_harms_no_other_stream(
     assert told in details
 
 
-def test_a_stream_without_a_message_is_no_error(service: Service) -> None:
-    assert list(service.stream([])) == []
+def test_a_stream_without_a_message_is_no_error(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "percepnet.service"):
+        assert list(service.stream([])) == []
+        eventually(lambda: bool(caplog.records), "the log line")
+    assert caplog.messages == ["stream left before its config"]
 
 
 def test_streams_beyond_the_capacity_are_told_when_to_come_back(service: Service) -> None:
