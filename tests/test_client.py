@@ -646,6 +646,11 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in parts}
 
 
+def test_a_file_for_tls_that_cannot_be_read_is_told() -> None:
+    with pytest.raises(ParameterError, match=r"TLS cannot be read: none.pem: No such file"):
+        Client("calls:50051", tls=Tls("none.pem"))
+
+
 def test_keys_and_certificates_open_the_door(enhancer: Enhancer, certificates: dict[str, Path]) -> None:
     """The pods are reached by number, and their certificate bears the service's name."""
     choices = {
@@ -655,7 +660,7 @@ def test_keys_and_certificates_open_the_door(enhancer: Enhancer, certificates: d
         "tls_client_ca": certificates["authority"],
     }
     trust = certificates["authority"]
-    tls = Tls(trust, certificates["client"], certificates["client_key"])
+    tls = Tls(str(trust), certificates["client"], certificates["client_key"])
     with serving(enhancer, **choices) as target:
         names = Names(target)
         with Client("calls:50051", tls=tls, api_key=KEY, resolver=names) as client:

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from percepnet.errors import ParameterError
+from percepnet.errors import ParameterError, reason
 from service.client.conversation import EndedError
 from service.settings import Address
 
@@ -48,17 +48,20 @@ Channel = TypeVar("Channel")
 class Tls:
     """Files for TLS, in PEM: who is trusted, and for mTLS who we are."""
 
-    root_certificates: Path | None = None
+    root_certificates: str | Path | None = None
     """Of those who may vouch for the server; None for those that gRPC brings."""
-    certificate: Path | None = None
-    key: Path | None = None
+    certificate: str | Path | None = None
+    key: str | Path | None = None
 
     def credentials(self) -> Any:
-        """For gRPC; raises OSError for a file that cannot be read."""
-        roots, key, certificate = (
-            None if path is None else path.read_bytes()
-            for path in (self.root_certificates, self.key, self.certificate)
-        )
+        """For gRPC; raises ParameterError for a file that cannot be read."""
+        try:
+            roots, key, certificate = (
+                None if path is None else Path(path).read_bytes()
+                for path in (self.root_certificates, self.key, self.certificate)
+            )
+        except OSError as error:
+            raise ParameterError(f"a file for TLS cannot be read: {reason(error)}") from error
         return grpc.ssl_channel_credentials(roots, key, certificate)
 
 
@@ -87,7 +90,7 @@ class Pods(Generic[Channel]):
 
     target: HOST:PORT. maker: grpc or grpc.aio, which make channels alike. tls: None talks in the clear.
     resolver: looks the name up.
-    Raises ParameterError for a target of another form.
+    Raises ParameterError for a target of another form, and for files that cannot be read.
     """
 
     def __init__(
