@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from fastapi import WebSocket
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.json_format import MessageToDict, ParseDict
 
 from percepnet.errors import ParameterError
@@ -129,11 +130,24 @@ def _caller(websocket: WebSocket, access: Access) -> Caller:
 
 def _parse(text: str) -> pb.EnhanceStreamRequest:
     try:
-        return ParseDict(json.loads(text), pb.EnhanceStreamRequest())
+        values = json.loads(text)
+        _check_objects(values, pb.EnhanceStreamRequest.DESCRIPTOR, "it")
+        return ParseDict(values, pb.EnhanceStreamRequest())
     except Exception as error:  # protobuf has many for a value of another shape than its field
         reason = error.__cause__ if isinstance(error, SystemError) else error  # whose own text tells nothing
         told = f"the text is no EnhanceStreamRequest in JSON: {reason}"
         raise ParameterError(told.encode(errors="backslashreplace").decode()) from error
+
+
+def _check_objects(value: Any, kind: Descriptor, name: str) -> None:
+    """Raise ValueError where a message is no object; what protobuf says then tells nothing."""
+    if not isinstance(value, dict):
+        accepted = f"an object with some of {', '.join(kind.fields_by_name)}" if kind.fields else "{}"
+        raise ValueError(f"{name} is {json.dumps(value):.40}; accepted is {accepted}")
+    for field in kind.fields:
+        for key in (field.name, field.json_name):
+            if field.message_type is not None and value.get(key) is not None:
+                _check_objects(value[key], field.message_type, key)
 
 
 def _described(audio: pb.EnhancedAudio) -> dict[str, Any]:
