@@ -42,7 +42,9 @@ the same rate, the same channels, the same length to the sample, no delay.
 
 _ENHANCE_DESCRIPTION = """\
 Send WAV, FLAC, Ogg (Vorbis, Opus) or MP3, 8 to 192 kHz, as the `file` of a multipart form or as
-the bare body. Each channel is enhanced on its own. The parameters may stand in the query or in the form.
+the bare body, whose content decides: it may also come as `application/x-www-form-urlencoded`, what curl and
+urllib call any body. Each channel is enhanced on its own. The parameters may stand in the query or in the
+form.
 """
 
 _BEARER = HTTPBearer(auto_error=False, description="An API key, if the deployment has keys.")

@@ -20,6 +20,8 @@ MIB = 1024 * 1024
 
 FILE_FIELD = "file"
 RAW_TYPES = ("audio/*", "application/ogg", "application/octet-stream")
+UNSAID_TYPE = "application/x-www-form-urlencoded"
+"""What curl and urllib call any body if they are not told: its content decides."""
 
 DOCUMENTATION: dict[str, Any] = {
     "required": True,
@@ -84,7 +86,7 @@ async def read_upload(request: Request, settings: Settings, resources: ExitStack
         if kind == "multipart/form-data":
             upload = await _read_form(limited, resources)
             "".join([upload.name, *chain(*upload.fields)]).encode()  # some charsets decode to half characters
-        elif kind.startswith("audio/") or kind in RAW_TYPES:
+        elif kind.startswith("audio/") or kind in (*RAW_TYPES, UNSAID_TYPE):
             upload = await _read_raw(limited, resources)
         else:
             raise MediaTypeError(f"{kind} is never audio; send {', '.join(RAW_TYPES)} or multipart/form-data")
