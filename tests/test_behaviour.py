@@ -100,10 +100,15 @@ def test_noise_alone_is_lowered_by_20_db_after_a_second_but_stays_audible(level_
         assert 20 < lowered_db.min() <= lowered_db.max() < Controls.attenuation_limit_db + 0.5
 
 
+@pytest.mark.parametrize("level_dbfs", [-20, -40])
 @pytest.mark.parametrize("rate", [8000, 12_000, 16_000, 24_000, 32_000, 44_100])
-def test_noise_alone_is_lowered_by_20_db_at_every_rate(rate):
-    """White noise that ends at half the caller's rate, where recordings of speech do too, is no speech."""
+def test_noise_alone_is_lowered_by_20_db_at_every_rate(rate, level_dbfs):
+    """White noise that ends at half the caller's rate, where recordings of speech do too, is no speech.
+
+    Nor is it the hiss of a recording if it is faint.
+    """
     noise = signals.white_noise(3 * rate)
+    noise *= 10 ** (level_dbfs / 20) / noise.std()
     passage = slice(rate, None)
     assert level_db(noise[passage]) - level_db(enhance(noise, rate)[passage]) > 20
 
@@ -174,9 +179,12 @@ def test_ten_minutes_of_noise_leave_no_drift():
     assert after_db > before_db - 1
 
 
-@pytest.mark.parametrize("snr_db", [40, 20])
-def test_telephone_callers_keep_their_bands(snr_db):
-    """At 8 kHz, and at 48 kHz with nothing above 4 kHz, voices keep their level below 3 kHz within 3 dB."""
+@pytest.mark.parametrize(("snr_db", "change_db"), [(40, 3), (20, 5)])
+def test_telephone_callers_keep_their_bands(snr_db, change_db):
+    """At 8 kHz, and at 48 kHz with nothing above 4 kHz, voices keep their level below 3 kHz.
+
+    At 20 dB the weakest band of the voices is 5 dB above the noise in it.
+    """
     voices = np.stack([signals.speech(2 * SECOND, f0, seed=f0) for f0 in VOICES_HZ], axis=1)
     clean, narrow = (signal.resample_poly(x, 1, 6) for x in (voices, in_noise(voices, snr_db)))
     wide_clean, wide = (signal.resample_poly(x, 6, 1) for x in (clean, narrow))
@@ -184,7 +192,7 @@ def test_telephone_callers_keep_their_bands(snr_db):
         enhanced = enhance(sent, rate)
         for bottom_hz, top_hz in ((80, 300), (300, 1000), (1000, 2000), (2000, 3000)):
             levels, expected = (band_level_db(x, bottom_hz, top_hz, rate) for x in (enhanced, reference))
-            assert np.abs(levels - expected).max() < 3, f"{rate} Hz, {bottom_hz} to {top_hz} Hz"
+            assert np.abs(levels - expected).max() < change_db, f"{rate} Hz, {bottom_hz} to {top_hz} Hz"
 
 
 def test_narrow_band_callers_get_nothing_above_4_khz():

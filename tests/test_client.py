@@ -733,7 +733,9 @@ def test_asyncio_sending_waits_while_nobody_receives(target: str) -> None:
                     sent.append(chunk)
 
             speaker = asyncio.create_task(speak())
-            await asyncio.sleep(0.3)
+            while len(sent) < 11:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
             assert len(sent) == 11
             for _ in range(20):
                 answer = await stream.receive()

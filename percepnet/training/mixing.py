@@ -29,15 +29,16 @@ class MixingConfig:
     snr_std_db: float = 9.0
     snr_range_db: tuple[float, float] = (-10.0, 40.0)
     # Speech active level, dB below full scale.
-    level_mean_db: float = -24.0
-    level_std_db: float = 7.0
-    level_range_db: tuple[float, float] = (-45.0, -8.0)
+    level_mean_db: float = -26.0
+    level_std_db: float = 8.0
+    level_range_db: tuple[float, float] = (-48.0, -8.0)
     clean_share: float = 0.1  # nothing added at all: the target is the input
     absent_share: float = 0.15  # nobody speaks: the target is silence
+    absent_level_range_db: tuple[float, float] = (-65.0, -12.0)  # of the noise then, below full scale
     late_share: float = 0.2  # speech starts within the first 60 % of the segment, not before it
     full_band_share: float = 0.5  # speech recorded with at least 16 kHz of bandwidth
     # Recordings whose pauses are louder than this against the speech would teach to keep noise.
-    floor_max_db: float = -25.0
+    floor_max_db: float = -33.0
     # Speakers and kinds of noise are drawn with a probability ∝ duration^exponent: 0 is one share for each.
     speaker_exponent: float = 0.7
     kind_exponent: float = 0.5
@@ -65,7 +66,7 @@ class MixingConfig:
     # Most recordings of speech end at 8 kHz: without such noise, that alone would be taken for speech.
     absent_band_limit_share: float = 0.7
     microphone_share: float = 0.5  # low stationary noise of the microphone itself
-    microphone_range_db: tuple[float, float] = (-95.0, -50.0)  # below full scale
+    microphone_range_db: tuple[float, float] = (-90.0, -45.0)  # below full scale
     offset_share: float = 0.03  # a constant offset, as of a bad sound card
     clip_share: float = 0.05
     clip_range: tuple[float, float] = (0.3, 0.85)  # of the mixture's peak
@@ -158,6 +159,7 @@ class Mixer:
 
         room = self._draw_room(rng) if not pure and rng.random() < config.reverb_share else None
         if absent:
+            level_db, snr_db = float(rng.uniform(*config.absent_level_range_db)), 0.0
             speech = clean = np.zeros(n, dtype=np.float32)
             bandwidth = SAMPLE_RATE / 2
         else:

@@ -98,6 +98,15 @@ def test_clean_and_absent_speech(training_cache: Path) -> None:
     assert all(not np.any(m.clean) and np.any(m.noisy) and m.snr_db == -np.inf for m in absent)
 
 
+def test_noise_without_speech_is_as_faint_as_hiss_and_as_loud_as_a_street(training_cache: Path) -> None:
+    """Active levels from −65 to −12 dB below full scale, none more often than others."""
+    config = replace(PLAIN, absent_share=1.0, absent_band_limit_share=0.0, switch_share=0.0)
+    mixtures = Mixer(training_cache, config=config).mixtures(0, 100, 0.3)
+    levels_db = np.sort([20 * np.log10(active_rms(mixture.noisy)) for mixture in mixtures])
+    assert levels_db[[0, -1]] == pytest.approx([-65, -12], abs=6)
+    assert levels_db[[25, 50, 75]] == pytest.approx([-52, -38, -25], abs=8)
+
+
 def test_reverberation_stays_in_sync_and_leaves_the_early_part(training_cache: Path) -> None:
     """The target is the dry voice and its first reflections: what is missing comes later."""
     config = replace(
