@@ -70,7 +70,7 @@ def test_the_output_is_that_of_enhancing_the_file(
         (["none.wav", "out.wav"], 1, "none.wav: No such file"),
         (["many.wav", "out.wav"], 1, "all 4 live streams of this server are taken (RESOURCE_EXHAUSTED)"),
         (["cut.wav", "out.wav"], 1, "sample 100"),
-        (["a.wav", "out.wav", "--root-certificates", "none.pem"], 1, "none.pem: No such file"),
+        (["a.wav", "out.wav", "--root-certificates", "none.pem"], 2, "none.pem: No such file"),
     ],
 )
 def test_mistakes_are_told_in_one_line(folder, target, capsys, monkeypatch, arguments, status, message):
