@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from percepnet import analysis, bands, comb, enhancer, features, pitch, stft
+from percepnet import bands, comb, enhancer, native
 from percepnet.audio import AudioWriter, Encoding
 from percepnet.constants import COMB_ORDER, HOP, LOOKAHEAD_FRAMES, SAMPLE_RATE, WINDOW
 from percepnet.enhancer import Enhancer
@@ -24,20 +24,13 @@ from percepnet.synthesis import Controls
 STREAMS = (1, 4, 8, 16, 32, 64)
 
 STAGES: tuple[tuple[str, Any, str], ...] = (
-    ("FFT", stft, "forward"),
-    ("pitch", pitch, "correlate"),
-    ("pitch", pitch, "track"),
-    ("comb", comb, "filter_frames"),
-    ("features", analysis, "power"),
-    ("features", analysis, "correlation"),
-    ("features", analysis, "to_bands"),
-    ("features", features, "normalized_correlation"),
-    ("features", features, "assemble"),
-    ("features", enhancer, "normalize"),
+    ("analysis", native, "analyze"),
+    ("analysis", enhancer, "analyze"),
     ("network", Model, "step"),
+    ("synthesis", native, "synthesize"),
     ("synthesis", enhancer, "synthesize"),
 )
-"""The functions of the block diagram by stage, where `analyze` and `Enhancer.process` look them up."""
+"""The functions of the block diagram by stage, where `Enhancer` looks them up, compiled or not."""
 
 REST = "rest"
 """What no stage accounts for: keeping the state and moving arrays."""
@@ -174,12 +167,10 @@ def reference(
 def error_db(engine: Enhancer, seconds: float) -> float:
     """Energy of the difference between the signal path and its float64 reference, against the output's."""
     samples = voices(1, seconds)
-    enhanced, _ = engine.process(samples, engine.initial_state(1))
-    frames, _ = analysis.analyze(samples, analysis.AnalysisState.initial(1))
-    manifest = engine.model.manifest
-    network_input = features.normalize(frames.features, manifest.feature_mean, manifest.feature_scale)
-    gains, strengths, _ = engine.model.step(network_input, engine.model.initial_state(1))
-    exact = reference(samples[0], frames.period[0], gains[0].astype(float), strengths[0].astype(float))
+    enhanced, found = engine.advance(samples, engine.initial_state(1), slice(None))
+    exact = reference(
+        samples[0], found.period[0], found.gains[0].astype(float), found.strengths[0].astype(float)
+    )
     return float(10 * np.log10(np.sum((enhanced[0] - exact) ** 2) / np.sum(exact**2)))
 
 
@@ -189,7 +180,7 @@ def report(engine: Enhancer, streams: Sequence[int], seconds: float, file_length
     with one_core() as pinned:
         begun = time.perf_counter()
         cpu_begun = time.process_time()
-        yield f"{machine()}; {pinned}."
+        yield f"{machine()}; signal path: {native.CODE}; {pinned}."
         yield (
             f"Model {manifest.name} {manifest.version}, {manifest.n_weights / 1e6:.1f} M weights, "
             f"{engine.model.precision}."

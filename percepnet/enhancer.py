@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from percepnet import stft
+from percepnet import native, rows, stft
 from percepnet.analysis import AnalysisState, analyze, follow
 from percepnet.bands import band_centres_hz
 from percepnet.constants import HOP, LATENCY_SAMPLES, SAMPLE_RATE
@@ -37,6 +37,8 @@ class Findings:
     """Band energies of the input, float32 (streams, frames, 34)."""
     gains: np.ndarray
     """Band gains that the network chose, float32 in [0, 1], (streams, frames, 34)."""
+    strengths: np.ndarray
+    """Comb strengths, likewise."""
     period: np.ndarray
     """Pitch periods in samples at 48 kHz, int (streams, frames)."""
     correlation: np.ndarray
@@ -82,20 +84,48 @@ class Enhancer:
         samples: (streams, frames·480) float32 at 48 kHz, full scale ±1, finite. Returns as many samples,
         `LATENCY_SAMPLES` late, and the new state; the given one stays as it was.
         """
-        enhanced, _, state = self.process_and_report(samples, state, controls)
+        state = rows.copy(state)
+        enhanced, _ = self.advance(samples, state, slice(None), controls)
         return enhanced, state
 
-    def process_and_report(
-        self, samples: np.ndarray, state: EnhancerState, controls: Controls | FrameControls
-    ) -> tuple[np.ndarray, Findings, EnhancerState]:
-        """Like `process`, and tell what was found in the frames."""
-        manifest = self.model.manifest
-        analysis, analysis_state = analyze(samples, state.analysis)
+    def advance(
+        self,
+        samples: np.ndarray,
+        state: EnhancerState,
+        chosen: rows.Rows,
+        controls: Controls | FrameControls = Controls(),
+    ) -> tuple[np.ndarray, Findings]:
+        """Enhance whole frames of some streams, whose rows of the state go on in place.
+
+        samples: as for `process`; chosen: the rows, in the same order. Returns as many samples, and what was
+        found in the frames.
+        """
+        path = self._compiled_path if native.AVAILABLE else self._path
+        return path(samples, state, chosen, FrameControls.of(controls))
+
+    def _path(
+        self, samples: np.ndarray, state: EnhancerState, chosen: rows.Rows, controls: FrameControls
+    ) -> tuple[np.ndarray, Findings]:
+        manifest, before = self.model.manifest, rows.take(state, chosen)
+        analysis, analysis_state = analyze(samples, before.analysis)
         network_input = normalize(analysis.features, manifest.feature_mean, manifest.feature_scale)
-        gains, strengths, network_state = self.model.step(network_input, state.network)
-        enhanced, overlap = synthesize(analysis, gains, strengths, state.overlap, controls)
-        findings = Findings(analysis.energy, gains, analysis.period, analysis.correlation)
-        return enhanced, findings, EnhancerState(analysis_state, network_state, overlap)
+        gains, strengths, network_state = self.model.step(network_input, before.network)
+        enhanced, overlap = synthesize(analysis, gains, strengths, before.overlap, controls)
+        rows.put(state, chosen, EnhancerState(analysis_state, network_state, overlap))
+        return enhanced, Findings(analysis.energy, gains, strengths, analysis.period, analysis.correlation)
+
+    def _compiled_path(
+        self, samples: np.ndarray, state: EnhancerState, chosen: rows.Rows, controls: FrameControls
+    ) -> tuple[np.ndarray, Findings]:
+        manifest, numbers = self.model.manifest, np.arange(len(state.overlap))[chosen]
+        analysis = native.analyze(
+            samples, state.analysis, numbers, manifest.feature_mean, manifest.feature_scale
+        )
+        network_state = rows.take(state.network, chosen)
+        gains, strengths, network_state = self.model.step(analysis.features, network_state)
+        rows.put(state.network, chosen, network_state)
+        enhanced = native.synthesize(analysis, gains, strengths, state.overlap, numbers, controls)
+        return enhanced, Findings(analysis.energy, gains, strengths, analysis.period, analysis.correlation)
 
     def bypass(self, samples: np.ndarray, state: EnhancerState) -> tuple[np.ndarray, EnhancerState]:
         """Pass whole frames of every stream on as they came, at a fraction of the cost of enhancing them.

@@ -60,6 +60,7 @@ def _window_autocorrelation() -> np.ndarray:
 
 
 _WINDOW_CORRELATION = _window_autocorrelation()
+_LAGS = slice(_FIRST - 1, _FIRST + _N_PERIODS + 1)
 _LOG2_PERIOD = np.log2(_PERIODS).astype(np.float32)
 _BIAS = _OCTAVE_COST * (_LOG2_PERIOD - _LOG2_PERIOD[0])
 _POSITION = _CHANGE_COST * _LOG2_PERIOD
@@ -90,8 +91,7 @@ def correlate(passages: np.ndarray) -> np.ndarray:
     """
     correlation = _autocorrelation(passages)
     energy = correlation[..., :1] + _SILENCE
-    lags = slice(_FIRST - 1, _FIRST + _N_PERIODS + 1)
-    return correlation[..., lags] / (energy * _WINDOW_CORRELATION[lags])
+    return correlation[..., _LAGS] / (energy * _WINDOW_CORRELATION[_LAGS])
 
 
 def _advance(scores: np.ndarray, local: np.ndarray, out: np.ndarray) -> None:

@@ -32,6 +32,17 @@ def take(state: State, rows: Rows) -> State:
     return replace(state, **{field.name: take(getattr(state, field.name), rows) for field in fields(state)})
 
 
+def copy(state: State) -> State:
+    """A state of its own memory, contiguous."""
+    if isinstance(state, np.ndarray):
+        return cast(State, np.array(state, order="C"))
+    if isinstance(state, dict):
+        return cast(State, {name: copy(part) for name, part in state.items()})
+    assert is_dataclass(state)
+    assert not isinstance(state, type)
+    return replace(state, **{field.name: copy(getattr(state, field.name)) for field in fields(state)})
+
+
 def put(state: State, rows: Rows, values: State) -> None:
     """Overwrite some rows in place; values: a state of as many rows, or of one."""
     if isinstance(state, np.ndarray):

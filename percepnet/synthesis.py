@@ -51,13 +51,17 @@ class FrameControls:
     wet: np.ndarray
     sharpening: np.ndarray
 
-    @staticmethod
-    @lru_cache(maxsize=64)
-    def constant(controls: Controls) -> "FrameControls":
-        """The same for every stream and frame, as arrays of shape (1, 1)."""
-        return FrameControls(
-            np.full((1, 1), controls.wet, np.float32), np.full((1, 1), controls.postfilter, np.float32)
-        )
+    @classmethod
+    def of(cls, controls: "Controls | FrameControls") -> "FrameControls":
+        """Controls of either kind; those that do not differ have the shape (1, 1)."""
+        return controls if isinstance(controls, cls) else _constant(controls)
+
+
+@lru_cache(maxsize=64)
+def _constant(controls: Controls) -> FrameControls:
+    return FrameControls(
+        np.full((1, 1), controls.wet, np.float32), np.full((1, 1), controls.postfilter, np.float32)
+    )
 
 
 def synthesize(
@@ -72,8 +76,7 @@ def synthesize(
     gains, strengths: (streams, frames, 34) float32 in [0, 1]; overlap: (streams, 480). Returns the samples
     (streams, frames·480) float32, one hop late, and the new overlap.
     """
-    if isinstance(controls, Controls):
-        controls = FrameControls.constant(controls)
+    controls = FrameControls.of(controls)
     mixed = analysis.comb - analysis.noisy
     mixed *= to_bins(strengths)
     mixed += analysis.noisy

@@ -544,10 +544,9 @@ class Engine:
         index = rows.select([session.row for session in sessions])
         samples = np.stack([session.take_frames(n_frames) for session in sessions])
         wet, sharpening = self._ramp(index, n_frames)
-        enhanced, findings, state = self._enhancer.process_and_report(
-            samples, rows.take(self._state, index), FrameControls(wet, sharpening)
+        enhanced, findings = self._enhancer.advance(
+            samples, self._state, index, FrameControls(wet, sharpening)
         )
-        rows.put(self._state, index, state)
         found = _found(findings) if any(session.options.report for session in sessions) else None
         encoded = _encoded(enhanced, sessions)
         for i, session in enumerate(sessions):

@@ -291,7 +291,7 @@ def test_files_wait_only_while_frames_wait(engine):
 def test_a_round_that_fails_ends_its_streams_and_no_others(engine, monkeypatch, caplog):
     broken, later = opened(engine), opened(engine)
     with monkeypatch.context() as patch:
-        patch.setattr(Enhancer, "process_and_report", lambda *_: 1 / 0)
+        patch.setattr(Enhancer, "advance", lambda *_: 1 / 0)
         broken.push(noise(HOP), 0.0)
         engine.run_round(0.0)
     assert isinstance(broken.error, ZeroDivisionError)

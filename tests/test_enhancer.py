@@ -106,9 +106,11 @@ def test_what_is_bypassed_is_remembered_but_for_the_network(enhancer):
     for piece in (slice(3 * HOP, 4 * HOP), slice(4 * HOP, N_FRAMES * HOP)):
         _, state = enhancer.bypass(SAMPLES[:, piece], state)
     np.testing.assert_array_equal(state.analysis.samples, heard.analysis.samples)
-    np.testing.assert_array_equal(state.analysis.spectra, heard.analysis.spectra)
-    np.testing.assert_allclose(state.analysis.energies, heard.analysis.energies, rtol=1e-6)
-    np.testing.assert_array_equal(state.analysis.pitch.correlation, heard.analysis.pitch.correlation)
+    np.testing.assert_allclose(state.analysis.spectra, heard.analysis.spectra, atol=1e-4)
+    np.testing.assert_allclose(state.analysis.energies, heard.analysis.energies, rtol=1e-4)
+    np.testing.assert_allclose(
+        state.analysis.pitch.correlation, heard.analysis.pitch.correlation, rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
