@@ -47,7 +47,7 @@ class FrameAdapter:
             self.latency_samples = math.ceil(total * sample_rate)
             delay = Fraction(self.latency_samples, sample_rate) - before
             self._from_48k = Resampler(SAMPLE_RATE, sample_rate, (n_streams,), delay)
-        self._rest = np.zeros((n_streams, 0), np.float32)
+        self._rest = self._nothing = np.zeros((n_streams, 0), np.float32)
 
     def to_frames(self, samples: np.ndarray) -> np.ndarray:
         """Turn (streams, n) float32 at the callers' rate into whole frames, (streams, frames·480)."""
@@ -56,6 +56,9 @@ class FrameAdapter:
         if self._rest.size:
             samples = np.concatenate([self._rest, samples], axis=1)
         whole = samples.shape[1] // HOP * HOP
+        if whole == samples.shape[1]:
+            self._rest = self._nothing
+            return samples
         self._rest = samples[:, whole:].copy()
         return samples[:, :whole]
 

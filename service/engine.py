@@ -186,7 +186,7 @@ class Session:
     @property
     def n_frames(self) -> int:
         """Whole frames that wait to be enhanced."""
-        return len(self._frames) // HOP
+        return len(self._due)
 
     @property
     def n_unanswered(self) -> int:
@@ -542,7 +542,8 @@ class Engine:
     def _enhance(self, sessions: list[Session], n_frames: int) -> None:
         sessions = sorted(sessions, key=lambda session: session.row)
         index = rows.select([session.row for session in sessions])
-        samples = np.stack([session.take_frames(n_frames) for session in sessions])
+        samples = np.concatenate([session.take_frames(n_frames) for session in sessions])
+        samples = samples.reshape(len(sessions), -1)
         wet, sharpening = self._ramp(index, n_frames)
         enhanced, findings = self._enhancer.advance(
             samples, self._state, index, FrameControls(wet, sharpening)
@@ -557,7 +558,8 @@ class Engine:
         """Send the oldest frames dry."""
         sessions = sorted(sessions, key=lambda session: session.row)
         index = rows.select([session.row for session in sessions])
-        samples = np.stack([session.take_frames(n_frames) for session in sessions])
+        samples = np.concatenate([session.take_frames(n_frames) for session in sessions])
+        samples = samples.reshape(len(sessions), -1)
         self._ramp(index, n_frames)
         passed, state = self._enhancer.bypass(samples, rows.take(self._state, index))
         rows.put(self._state, index, state)

@@ -5,7 +5,7 @@ import os
 import sys
 from contextlib import suppress
 
-from service import cores, logs
+from service import cores, logs, wakeups
 from service.settings import Settings, SettingsError, add_arguments, unknown_variables
 from service.supervisor import Supervisor
 
@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
         return Supervisor(settings, vars(args), n_workers).run()
 
     cores.share_calmly()
+    wakeups.read_directly()
     from service.main import FAILURES, Server, load_enhancer  # a supervisor has no use for all this
 
     try:

@@ -3,7 +3,7 @@
 import os
 import socket
 
-from service import cores, logs
+from service import cores, logs, wakeups
 from service.board import Board
 from service.settings import Settings
 from service.supervisor import Seat
@@ -16,6 +16,7 @@ def main(text: str) -> int:
     logs.configure(settings.log_threshold)
     cores.pin(seat.worker, seat.n_workers)
     cores.share_calmly()
+    wakeups.read_directly()
     board = Board(seat.n_workers, seat.worker, seat.board)
     from service.main import FAILURES, Server, load_enhancer  # on the core where it will run
 

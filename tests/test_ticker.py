@@ -6,11 +6,14 @@ from collections.abc import Callable
 import pytest
 
 from service.engine import DEADLINE_SECONDS
-from service.ticker import YIELD_SECONDS, Ticker
+from service.ticker import Ticker
+
+GIVEN_SECONDS = 50e-6
+"""What other threads take when the ticker gives way."""
 
 
 class Simulation:
-    """An engine, and a clock that only its rounds and the ticker's sleep move on.
+    """An engine, and a clock that only its rounds, the ticker's sleep and its giving way move on.
 
     messages: when each one comes and of which stream. As over gRPC, the next one of a stream is there only
     after the loop has slept since it took the last one.
@@ -48,6 +51,9 @@ class Simulation:
         self.slept.append((seconds, len(self._waiting) + len(self._coming)))
         self.take()
 
+    def give_way(self) -> None:
+        self.sleep(GIVEN_SECONDS)
+
     def take(self) -> None:
         """Bring a message of each stream that has one."""
         brought: set[int] = set()
@@ -61,7 +67,7 @@ class Simulation:
 
     async def run(self) -> None:
         """Until all messages are answered; while nothing waits, time passes up to the next one."""
-        ticker = Ticker(self, lambda: self.now, self.sleep)  # type: ignore[arg-type]
+        ticker = Ticker(self, lambda: self.now, self.sleep, self.give_way)  # type: ignore[arg-type]
         while self._coming or self._waiting:
             for _ in range(20):
                 await asyncio.sleep(0)
@@ -94,7 +100,7 @@ def test_a_lone_stream_does_not_wait() -> None:
 
 def test_streams_that_share_their_messages_are_not_waited_for() -> None:
     simulation = simulated([(0.01 * i, s) for i in range(20) for s in range(16)], 0)
-    assert {seconds for seconds, _ in simulation.slept} == {YIELD_SECONDS}
+    assert {seconds for seconds, _ in simulation.slept} == {GIVEN_SECONDS}
     assert simulation.rounds == [16] * 20
 
 
@@ -102,4 +108,4 @@ def test_what_has_piled_up_is_worked_off_without_a_pause() -> None:
     """Five frames of each stream are there at once, one of which gRPC shows at a time."""
     simulation = simulated([(1e-7 * i, s) for i in range(5) for s in range(16)], 16)
     assert len(simulation.latencies) == 80
-    assert {seconds for seconds, n_waiting in simulation.slept if n_waiting} == {YIELD_SECONDS}
+    assert {seconds for seconds, n_waiting in simulation.slept if n_waiting} == {GIVEN_SECONDS}

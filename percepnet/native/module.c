@@ -19,7 +19,7 @@ enum { NO_GIL_FRAMES = 64 }; /* so many take a while: other threads may run mean
 struct work {
     cell *x, *y, *bins;
     float (*combed)[WINDOW];
-    float *ones, *heard, *correlations, *energies, *frames;
+    float *heard, *correlations, *energies, *frames;
     complex_float *spectra;
 };
 
@@ -144,7 +144,6 @@ static void lay_out(struct work *work, struct layout *layout, size_t n_streams, 
     work->y = place(layout, sizeof(cell) * PITCH_TRANSFORM / 2);
     work->bins = place(layout, sizeof(cell) * N_BINS);
     work->combed = place(layout, sizeof(float) * LANES * WINDOW);
-    work->ones = place(layout, sizeof(float) * 2 * N_BINS);
     if (analyzes) {
         work->heard = place(layout, sizeof(float) * n_streams * (HISTORY + n_frames * HOP));
         work->correlations = place(layout, sizeof(float) * n_jobs * N_LAGS);
@@ -165,8 +164,6 @@ static int begin(struct work *work, struct layout *layout, int n_streams, int n_
     }
     layout->size = 0;
     lay_out(work, layout, n_streams, n_frames, analyzes);
-    for (int i = 0; i < 2 * N_BINS; i++)
-        work->ones[i] = 1;
     return 0;
 }
 

@@ -1,25 +1,59 @@
 /* The two halves of the signal path: `analysis.py`, `pitch.py`, `comb.py` and `features.py`; `synthesis.py`. */
 
-/* Write (in[l][i] · weights[i]) into row i, lane l; tile by tile, so that the rows stay in the first cache. */
-static void NAME(spread)(const float *const in[LANES], const float *weights, int n, float *rows)
+/* Swap the rows and columns of sixteen vectors: four times, each half is dealt out between the other. */
+static inline void NAME(transpose)(lanes *square)
 {
-    for (int begin = 0; begin < n; begin += LANES) {
-        int end = begin + LANES < n ? begin + LANES : n;
-        for (int lane = 0; lane < LANES; lane++)
-            for (int i = begin; i < end; i++)
-                rows[i * LANES + lane] = in[lane][i] * weights[i];
+    lanes dealt[LANES];
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < LANES / 2; i++) {
+            dealt[2 * i] = ZIP_LOW(square[i], square[i + LANES / 2]);
+            dealt[2 * i + 1] = ZIP_HIGH(square[i], square[i + LANES / 2]);
+        }
+        for (int i = 0; i < LANES / 2; i++) {
+            square[2 * i] = ZIP_LOW(dealt[i], dealt[i + LANES / 2]);
+            square[2 * i + 1] = ZIP_HIGH(dealt[i], dealt[i + LANES / 2]);
+        }
     }
 }
 
-/* Write rows i, one float of each lane, to out[l][i] for the lanes in use. */
-static void NAME(collect)(const float *rows, int n, int used, float *const out[LANES])
+/* Put in[l][i] into row i, lane l. */
+static void NAME(spread)(const float *const in[LANES], int n, lanes *rows)
 {
-    for (int begin = 0; begin < n; begin += LANES) {
-        int end = begin + LANES < n ? begin + LANES : n;
-        for (int lane = 0; lane < used; lane++)
-            for (int i = begin; i < end; i++)
-                out[lane][i] = rows[i * LANES + lane];
+    int whole = n / LANES * LANES;
+    for (int begin = 0; begin < whole; begin += LANES) {
+        lanes square[LANES];
+        for (int lane = 0; lane < LANES; lane++)
+            memcpy(square + lane, in[lane] + begin, sizeof *square);
+        NAME(transpose)(square);
+        for (int i = 0; i < LANES; i++)
+            rows[begin + i] = square[i];
     }
+    for (int i = whole; i < n; i++)
+        for (int lane = 0; lane < LANES; lane++)
+            rows[i][lane] = in[lane][i];
+}
+
+/* Put row i, lane l into out[l][i], for the lanes in use. */
+static void NAME(collect)(const lanes *rows, int n, int used, float *const out[LANES])
+{
+    int whole = n / LANES * LANES;
+    for (int begin = 0; begin < whole; begin += LANES) {
+        lanes square[LANES];
+        for (int i = 0; i < LANES; i++)
+            square[i] = rows[begin + i];
+        NAME(transpose)(square);
+        for (int lane = 0; lane < used; lane++)
+            memcpy(out[lane] + begin, square + lane, sizeof *square);
+    }
+    for (int i = whole; i < n; i++)
+        for (int lane = 0; lane < used; lane++)
+            out[lane][i] = rows[i][lane];
+}
+
+static inline void NAME(weight)(lanes *rows, const float *weights, int n)
+{
+    for (int i = 0; i < n; i++)
+        rows[i] *= weights[i];
 }
 
 static lanes NAME(root)(lanes x)
@@ -39,9 +73,10 @@ static lanes NAME(clamp)(lanes x)
 /* Normalized correlations of sixteen passages at every lag. */
 static void NAME(correlate)(const float *const passages[LANES], int used, float *const out[LANES], struct work *work)
 {
-    float *rows = (float *)work->x;
-    NAME(spread)(passages, tables.passage_window, PASSAGE, rows);
-    memset(rows + PASSAGE * LANES, 0, sizeof(float) * (PITCH_TRANSFORM - PASSAGE) * LANES);
+    lanes *rows = (lanes *)work->x;
+    NAME(spread)(passages, PASSAGE, rows);
+    NAME(weight)(rows, tables.passage_window, PASSAGE);
+    memset(rows + PASSAGE, 0, sizeof *rows * (PITCH_TRANSFORM - PASSAGE));
     NAME(rfft)(&plan_passage, work->x, work->y, work->bins, N_PITCH_BINS);
     lanes *magnitude = (lanes *)work->x; /* real and even: half of it is mirrored */
     for (int k = 0; k < N_PITCH_BINS; k++) {
@@ -56,7 +91,7 @@ static void NAME(correlate)(const float *const passages[LANES], int used, float 
     lanes *correlation = (lanes *)work->x;
     for (int i = 0; i < N_LAGS; i++)
         correlation[i] = work->bins[FIRST_LAG - 1 + i].re * scale / (energy * tables.window_correlation[i]);
-    NAME(collect)((float *)correlation, N_LAGS, used, out);
+    NAME(collect)(correlation, N_LAGS, used, out);
 }
 
 /* One Viterbi step: the best way to each period, plus its own score; 0 for the best. */
@@ -192,15 +227,16 @@ static void NAME(analyze)(const struct analysis *a, struct work *work)
             in[lane] = work->heard + s * n_heard + HISTORY - HOP + f * HOP;
             out[lane] = (float *)(work->spectra + (size_t)job * N_BINS);
         }
-        NAME(spread)(in, tables.window, WINDOW, (float *)work->x);
+        NAME(spread)(in, WINDOW, (lanes *)work->x);
+        NAME(weight)((lanes *)work->x, tables.window, WINDOW);
         NAME(rfft)(&plan_window, work->x, work->y, work->bins, N_BINS);
-        NAME(collect)((float *)work->bins, 2 * N_BINS, used, out);
+        NAME(collect)((lanes *)work->bins, 2 * N_BINS, used, out);
         lanes energy[N_BANDS] = {{0}};
         for (int k = 0; k < N_BINS; k++)
             NAME(add_to_bands)(energy, k, work->bins[k].re * work->bins[k].re + work->bins[k].im * work->bins[k].im);
         for (int lane = 0; lane < used; lane++)
             out[lane] = work->energies + (size_t)(first + lane) * N_BANDS;
-        NAME(collect)((float *)energy, N_BANDS, used, out);
+        NAME(collect)(energy, N_BANDS, used, out);
     }
 
     for (int first = 0; first < n_jobs; first += LANES) { /* the windows two frames ago: combed, compared */
@@ -216,11 +252,12 @@ static void NAME(analyze)(const struct analysis *a, struct work *work)
             spectra[lane] = (const float *)(is_new ? work->spectra + (size_t)now * N_BINS : a->old_spectra + (size_t)old * N_BINS);
             energies[lane] = is_new ? work->energies + (size_t)now * N_BANDS : a->old_energies + (size_t)old * N_BANDS;
         }
-        NAME(spread)(in, tables.window, WINDOW, (float *)work->x);
+        NAME(spread)(in, WINDOW, (lanes *)work->x);
+        NAME(weight)((lanes *)work->x, tables.window, WINDOW);
         NAME(rfft)(&plan_window, work->x, work->y, combed, N_BINS);
-        NAME(spread)(spectra, work->ones, 2 * N_BINS, (float *)noisy);
+        NAME(spread)(spectra, 2 * N_BINS, (lanes *)noisy);
         lanes energy[N_BANDS], combed_energy[N_BANDS] = {{0}}, coherence[N_BANDS] = {{0}};
-        NAME(spread)(energies, work->ones, N_BANDS, (float *)energy);
+        NAME(spread)(energies, N_BANDS, energy);
         for (int k = 0; k < N_BINS; k++) {
             cell x = noisy[k], p = combed[k];
             NAME(add_to_bands)(combed_energy, k, p.re * p.re + p.im * p.im);
@@ -294,13 +331,13 @@ static void NAME(synthesize)(const struct synthesis *a, struct work *work)
             wet[lane] = a->wet[s * a->stream_step + f * a->frame_step];
             in[lane] = chosen;
         }
-        NAME(spread)(in, work->ones, N_BANDS, (float *)gains);
+        NAME(spread)(in, N_BANDS, gains);
         for (int lane = 0; lane < LANES; lane++)
             in[lane] = a->strengths + (size_t)(first + (lane < used ? lane : 0)) * N_BANDS;
-        NAME(spread)(in, work->ones, N_BANDS, (float *)strengths);
+        NAME(spread)(in, N_BANDS, strengths);
         for (int lane = 0; lane < LANES; lane++)
             in[lane] = a->energy + (size_t)(first + (lane < used ? lane : 0)) * N_BANDS;
-        NAME(spread)(in, work->ones, N_BANDS, (float *)energy);
+        NAME(spread)(in, N_BANDS, energy);
 
         cell *mixed = work->bins;
         for (int k = 0; k < N_BINS; k++) {
@@ -325,7 +362,7 @@ static void NAME(synthesize)(const struct synthesis *a, struct work *work)
         }
         for (int lane = 0; lane < used; lane++)
             out[lane] = work->frames + (size_t)(first + lane) * WINDOW;
-        NAME(collect)((float *)samples, WINDOW, used, out);
+        NAME(collect)(samples, WINDOW, used, out);
     }
     for (int s = 0; s < a->n_streams; s++) {
         float *overlap = a->overlap + a->rows[s] * HOP;
