@@ -27,7 +27,7 @@ from service.messages import pb
 from service.metrics import Metrics
 from service.multiplex import Multiplex
 from service.settings import Settings
-from service.streams import Streams
+from service.streams import Streams, Wire
 from service.ticker import Ticker
 
 SERVICE = pb.DESCRIPTOR.services_by_name["EnhancementService"].full_name
@@ -168,7 +168,7 @@ class GrpcServer:
         ).SerializeToString()
 
 
-class _GrpcWire:
+class _GrpcWire(Wire):
     """One EnhanceStream RPC."""
 
     def __init__(self, context: grpc.aio.ServicerContext) -> None:

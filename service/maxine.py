@@ -30,7 +30,7 @@ from service.files import Files
 from service.logs import logger
 from service.messages import pb
 from service.pb.nvidia.maxine.bnr.v1 import bnr_pb2 as bnr
-from service.streams import Streams
+from service.streams import Streams, Wire
 from service.upload import MIB, spooled_file
 
 SERVICE = bnr.DESCRIPTOR.services_by_name["MaxineBNR"].full_name
@@ -165,7 +165,7 @@ class _Talk:
             raise ClientGoneError("the caller hung up") from error
 
 
-class _LiveWire:
+class _LiveWire(Wire):
     """A live stream in Maxine's messages, as `Streams` takes it."""
 
     def __init__(self, talk: _Talk, first: bytes) -> None:

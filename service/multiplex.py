@@ -22,7 +22,7 @@ from service.errors import (
 )
 from service.logs import logger
 from service.messages import pb
-from service.streams import Streams
+from service.streams import Streams, Wire
 
 AHEAD_BYTES = 512 * 1024
 """Requests of one session that may wait besides what it may have unanswered: the 2.6 s, at 48 kHz in floats,
@@ -31,6 +31,9 @@ that would hold back all sessions."""
 
 REQUEST_BYTES = 64
 """What each of them counts at least: memory is taken by the shortest one, too."""
+
+SHARED_BYTES = 256 * 1024
+"""A longer message does not stay in memory for the sake of one of its requests."""
 
 MAX_MESSAGE_BYTES = 2 * 1024 * 1024
 """Requests of one message: our client sends 1 MiB and a little over."""
@@ -91,7 +94,7 @@ class Multiplex:
             try:
                 while (data := await self._context.read()) is not grpc.aio.EOF:
                     for i, request in enumerate(_parsed(data).sessions, 1):
-                        await self._take(request)
+                        await self._take(request, len(data))
                         await self._room.wait()
                         if i % _BURST == 0:
                             await asyncio.sleep(0)
@@ -118,7 +121,7 @@ class Multiplex:
                 self._there.set()
                 await asyncio.gather(writer, return_exceptions=True)
 
-    async def _take(self, request: pb.SessionRequest) -> None:
+    async def _take(self, request: pb.SessionRequest, message_bytes: int) -> None:
         """Bring a request to its session; one that is not open yet begins with it, or is refused."""
         number, kind = request.session_id, request.request.WhichOneof("payload")
         self._moved = time.monotonic()
@@ -132,7 +135,7 @@ class Multiplex:
                 return
             wire = self._wires[number] = _SessionWire(self, number)
             wire.task = asyncio.create_task(self._serve(number, wire))
-        wire.feed(request.request)
+        wire.feed(request.request, shared_bytes=message_bytes)
         if begins:
             await asyncio.sleep(0)  # it takes a place, or is refused, before more take memory
 
@@ -161,15 +164,26 @@ class Multiplex:
         self._ended[number] = None
         if len(self._ended) > _REMEMBERED:
             del self._ended[next(iter(self._ended))]
-        self._put(pb.SessionResponse(session_id=number, ended=ended))
+        self._put(pb.EnhanceStreamsResponse(sessions=[pb.SessionResponse(session_id=number, ended=ended)]))
 
     async def send(self, number: int, response: pb.EnhanceStreamResponse) -> None:
         """Add an answer of a session to the next message."""
         await self._room.wait()
-        self._put(pb.SessionResponse(session_id=number, response=response))
+        self.send_now(number, response)
 
-    def _put(self, response: pb.SessionResponse) -> None:
-        data = pb.EnhanceStreamsResponse(sessions=[response]).SerializeToString()
+    @property
+    def has_room(self) -> bool:
+        """Whether an answer may be added."""
+        return self._room.is_set()
+
+    def send_now(self, number: int, response: pb.EnhanceStreamResponse) -> None:
+        """Add an answer while there is room."""
+        message = pb.EnhanceStreamsResponse()
+        message.sessions.add(session_id=number).response.CopyFrom(response)
+        self._put(message)
+
+    def _put(self, message: pb.EnhanceStreamsResponse) -> None:
+        data = message.SerializeToString()
         self._waiting_bytes += len(data)
         if self._waiting_bytes > MESSAGE_BYTES:
             self._room.clear()
@@ -205,7 +219,7 @@ def _parsed(data: bytes) -> pb.EnhanceStreamsRequest:
     return messages.parse(pb.EnhanceStreamsRequest, data)
 
 
-class _SessionWire:
+class _SessionWire(Wire):
     """One session's part of the RPC."""
 
     task: "asyncio.Task[None]"
@@ -213,21 +227,27 @@ class _SessionWire:
     def __init__(self, multiplex: Multiplex, number: int) -> None:
         self._multiplex = multiplex
         self._number = number
-        self._requests: deque[bytes | None] = deque()  # parsed, each would keep its whole message
+        self._requests: deque[bytes | None] = deque()  # that wait; parsed, each would keep its whole message
         self._waiting_bytes = 0
         self._is_ahead = False
-        self._came: asyncio.Future[None] | None = None
+        self._came: asyncio.Future[pb.EnhanceStreamRequest | None] | None = None
 
-    def feed(self, request: pb.EnhanceStreamRequest | None) -> None:
-        """Take the next request; None at the end. What is too far ahead is dropped, and ends the session."""
+    def feed(self, request: pb.EnhanceStreamRequest | None, *, shared_bytes: int = 0) -> None:
+        """Take the next request; None at the end. What is too far ahead is dropped, and ends the session.
+
+        shared_bytes: of the message that the request is a part of, and keeps in memory.
+        """
         self._is_ahead = self._is_ahead or self._waiting_bytes > AHEAD_BYTES
         if self._is_ahead:
+            return
+        if self._came is not None and not self._came.done():
+            if request is not None and shared_bytes > SHARED_BYTES:
+                request = pb.EnhanceStreamRequest.FromString(request.SerializeToString())
+            self._came.set_result(request)
             return
         data = None if request is None else request.SerializeToString()
         self._requests.append(data)
         self._waiting_bytes += _counted_bytes(data)
-        if self._came is not None and not self._came.done():
-            self._came.set_result(None)
 
     async def read(self) -> pb.EnhanceStreamRequest | None:
         """The next request; None at the end."""
@@ -235,8 +255,7 @@ class _SessionWire:
             raise AheadError(f"more than {AHEAD_BYTES} bytes were sent ahead of the answers")
         if not self._requests:
             self._came = asyncio.get_running_loop().create_future()
-            await self._came
-            self._came = None
+            return await self._came
         data = self._requests.popleft()
         self._waiting_bytes -= _counted_bytes(data)
         return None if data is None else pb.EnhanceStreamRequest.FromString(data)
@@ -244,6 +263,15 @@ class _SessionWire:
     async def write(self, response: pb.EnhanceStreamResponse) -> None:
         """Send a response."""
         await self._multiplex.send(self._number, response)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a response can be sent without waiting."""
+        return self._multiplex.has_room
+
+    def write_now(self, response: pb.EnhanceStreamResponse) -> None:
+        """Send a response while there is room."""
+        self._multiplex.send_now(self._number, response)
 
     def release(self, writer: asyncio.Task[None]) -> None:
         """Let go of an answer that waits for room."""

@@ -44,6 +44,15 @@ class Wire(Protocol):
     async def write(self, response: pb.EnhanceStreamResponse) -> None:
         """Send a message, and wait while too many are under way. Raises ClientGoneError."""
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a message can be sent without waiting, by `write_now`."""
+        return False
+
+    def write_now(self, response: pb.EnhanceStreamResponse) -> None:
+        """Send a message while there is room."""
+        raise AssertionError("there is never room")
+
     def release(self, writer: asyncio.Task[None]) -> None:
         """The stream is over: a writer that waits to send may be cancelled."""
 
@@ -205,7 +214,7 @@ class Conversation:
         if request is None:
             return
         options = replace(messages.opening(request), shares_messages=self._shares_messages)
-        self._session = session = self._engine.open(options, self._answered.set)
+        self._session = session = self._engine.open(options, self._answers_came)
         self._log("stream opened", sample_rate_hz=session.options.sample_rate)
         self._challenge = self._streams.seals.challenge()
         idle_seconds = self._streams.settings.stream_idle_seconds
@@ -311,25 +320,44 @@ class Conversation:
         await self._wire.write(response)
         self._writing = None
 
+    def _answers_came(self) -> None:
+        """Write those that the wire has room for; the writer has the others."""
+        session = self._session
+        while session is not None and session.answers and self._writing is None and self._wire.has_room:
+            response, since = self._next_answer(session)
+            took = time.monotonic() - since
+            self._wire.write_now(response)
+            self._written(took)
+        if session is None or session.answers or session.error is not None:
+            self._answered.set()
+
     async def _write_answers(self, session: Session) -> None:
         while True:
             self._answered.clear()
             self._room.set()  # a flush may be done
             while session.answers:
-                answer = session.take_answer()
-                response = messages.response(answer, session, self._streams.stopping())
-                took = time.monotonic() - answer.since
+                response, since = self._next_answer(session)
+                took = time.monotonic() - since
                 await self._write(response)
-                self._metrics.stream_latency.observe(took)
-                if took > DEADLINE_SECONDS:
-                    self._misses += 1
-                    self._metrics.deadline_misses.inc()
-                self._room.set()
+                self._written(took)
             if session.error is not None:
                 raise session.error
             if self._ending:
                 return
             await self._answered.wait()
+
+    def _next_answer(self, session: Session) -> tuple[pb.EnhanceStreamResponse, float]:
+        """The oldest answer as a message, and when the last sample that it needed came."""
+        answer = session.take_answer()
+        return messages.response(answer, session, self._streams.stopping()), answer.since
+
+    def _written(self, took: float) -> None:
+        """Count an answer and the seconds that it took."""
+        self._metrics.stream_latency.observe(took)
+        if took > DEADLINE_SECONDS:
+            self._misses += 1
+            self._metrics.deadline_misses.inc()
+        self._room.set()
 
     def _writer_ended(self, writer: asyncio.Task[None]) -> None:
         if not writer.cancelled() and (error := writer.exception()) is not None:

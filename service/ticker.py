@@ -13,9 +13,9 @@ for each stream falls steeply up to 8 of them, and to wake the process for a mes
 message. The rest of the 10 ms is for the pauses of a shared machine."""
 
 _YIELDS = 3
-"""Of the core, until gRPC's threads, which wait while the loop is busy, have brought what is there: one takes it
-from the network, one tells the loop, and the first one may have more. A sleep of 200 µs in their place took a
-tenth of the time at 32 streams, for the core was idle when they were done."""
+"""Of the core, until gRPC's threads, which wait while the loop is busy, have brought what is there: one takes
+it from the network, one tells the loop, and the first one may have more. A sleep of 200 µs in their place
+took a tenth of the time at 32 streams, for the core was idle when they were done."""
 
 _TURNS = 4
 """Of the loop, until what gRPC's threads have brought is with the engine: its reader, the RPC's task, that of

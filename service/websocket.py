@@ -16,7 +16,7 @@ from service.connections import MAX_MESSAGE_BYTES
 from service.errors import ClientGoneError, TooLargeError, UnauthenticatedError, answer_for, told
 from service.logs import logger
 from service.messages import pb
-from service.streams import Streams
+from service.streams import Streams, Wire
 
 SUBPROTOCOL = "percepnet.v1"
 KEY_PREFIX = "percepnet.key."
@@ -57,7 +57,7 @@ async def serve(websocket: WebSocket, streams: Streams, access: Access) -> None:
         await ending
 
 
-class _Wire:
+class _Wire(Wire):
     """A WebSocket as a stream's wire."""
 
     def __init__(self, websocket: WebSocket) -> None:

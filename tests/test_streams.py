@@ -13,7 +13,7 @@ from service.engine import Engine
 from service.metrics import Metrics
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 from service.settings import Settings
-from service.streams import MAX_UNANSWERED, Streams
+from service.streams import MAX_UNANSWERED, Streams, Wire
 
 Request = pb.EnhanceStreamRequest
 CONFIG = Request(config=pb.StreamConfig(sample_rate_hz=16_000, encoding=pb.ENCODING_S16LE))
@@ -23,7 +23,7 @@ short = pytest.mark.parametrize(
 )
 
 
-class Wire:
+class CountingWire(Wire):
     """Brings as many messages as are asked for, and counts them."""
 
     def __init__(self, requests: list[Request], *, is_read: bool) -> None:
@@ -62,14 +62,14 @@ async def converse(enhancer: Enhancer, wire: Wire, turns: int | None = None) -> 
 
 @short
 def test_what_is_not_read_is_not_taken_however_little_each_message_brings(enhancer, message):
-    wire = Wire([CONFIG, *[message] * 5_000], is_read=False)
+    wire = CountingWire([CONFIG, *[message] * 5_000], is_read=False)
     asyncio.run(converse(enhancer, wire, turns=1_000))
     assert len(wire.requests) >= 5_000 - MAX_UNANSWERED - 2
 
 
 @short
 def test_messages_that_are_there_at_once_leave_turns_for_others(enhancer, message):
-    wire = Wire([CONFIG, *[message] * 1_000], is_read=True)
+    wire = CountingWire([CONFIG, *[message] * 1_000], is_read=True)
     left = asyncio.run(converse(enhancer, wire))
     assert wire.n_answers == 1_002  # with `started` and the tail
     assert max(before - after for before, after in pairwise(left)) < 50

@@ -1,7 +1,7 @@
-"""The signal path around the network, compiled: what `analysis` and `synthesis` do, at a fraction of the time.
+"""The signal path around the network, compiled: what `analysis` and `synthesis` do, in a tenth of the time.
 
-It is built where there is a C compiler that knows vectors (GCC, clang); elsewhere `AVAILABLE` is false, and numpy
-does the work. Both go on from each other's states.
+It is built where there is a C compiler that knows vectors (GCC, clang); elsewhere `AVAILABLE` is false, and
+numpy does the work. Both go on from each other's states.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from percepnet.synthesis import FrameControls
 try:
     from percepnet.native import _path
 except ImportError:
-    _path = None
+    _path = None  # type: ignore[assignment]
 
 AVAILABLE = _path is not None
 """Whether the compiled code is there."""
@@ -107,11 +107,13 @@ def synthesize(
 ) -> np.ndarray:
     """Comb-mix, gain, postfilter, and back to samples, float32 (streams, frames·480), one hop late.
 
-    gains, strengths: (streams, frames, 34) float32 in [0, 1]; overlap: (all rows, 480), which goes on in place.
+    gains, strengths: (streams, frames, 34) float32 in [0, 1]; overlap: (all rows, 480), which goes on in
+    place.
     """
     n_streams, n_frames = analysis.period.shape
     enhanced = np.empty((n_streams, n_frames * HOP), np.float32)
-    wet, sharpening = (np.ascontiguousarray(share, np.float32) for share in (controls.wet, controls.sharpening))
+    wet = np.ascontiguousarray(controls.wet, np.float32)
+    sharpening = np.ascontiguousarray(controls.sharpening, np.float32)
     frame_step = int(wet.shape[1] > 1)
     stream_step = wet.shape[1] if len(wet) > 1 else 0
     _path.synthesize(
