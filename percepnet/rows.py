@@ -24,7 +24,7 @@ def select(rows: Sequence[int]) -> Rows:
 def take(state: State, rows: Rows) -> State:
     """Some rows: a view of those of a slice, else a copy."""
     if isinstance(state, np.ndarray):
-        return cast(State, state[rows])
+        return cast(State, state[rows] if isinstance(rows, slice) else state.take(rows, axis=0))
     if isinstance(state, dict):
         return cast(State, {name: take(part, rows) for name, part in state.items()})
     assert is_dataclass(state)

@@ -420,6 +420,7 @@ class Engine:
         # Rows: share of the enhanced spectrum, share of the postfiltered gains.
         self._now = np.ones((2, n_rows), np.float32)
         self._aim = np.ones((2, n_rows), np.float32)
+        self._ramps = False  # whether some may differ
         metrics.load.changed(0, self.capacity)
 
     @property
@@ -475,6 +476,8 @@ class Engine:
         self._aim[:, row] = controls.wet, controls.postfilter
         if at_once:
             self._now[:, row] = self._aim[:, row]
+        else:
+            self._ramps = True
 
     def forget(self, session: Session) -> None:
         """Put a session's memory back to the beginning of a passage; frames that wait are dropped."""
@@ -498,6 +501,7 @@ class Engine:
         self._now[:, session.row], self._aim[:, session.row] = snapshot.take(
             arrays, "controls", np.float32, 2, 2
         )
+        self._ramps = True
         state = snapshot.take_state(arrays, "path", self._nothing_heard)
         snapshot.finish(arrays)
         rows.put(self._state, rows.select([session.row]), state)
@@ -570,12 +574,14 @@ class Engine:
 
     def _ramp(self, index: rows.Rows, n_frames: int) -> np.ndarray:
         """The parameters of the next frames, float32 (2, streams, frames); (2, streams, 1) if they stay."""
-        now, aim = self._now[:, index, np.newaxis], self._aim[:, index, np.newaxis]
-        if (now == aim).all():
+        aim = self._aim[:, index, np.newaxis]
+        if not self._ramps:
             return aim
+        now = self._now[:, index, np.newaxis]
         reach = np.arange(1, n_frames + 1, dtype=np.float32) / np.float32(RAMP_FRAMES)
         frames = np.where(np.abs(aim - now) <= reach, aim, now + np.copysign(reach, aim - now))
         self._now[:, index] = frames[..., -1]
+        self._ramps = bool((self._now != self._aim).any())
         return frames
 
     def _rest(self) -> None:

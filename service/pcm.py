@@ -22,5 +22,7 @@ def decode(data: bytes, encoding: np.dtype) -> np.ndarray:
 def encode(samples: np.ndarray, encoding: np.dtype) -> np.ndarray:
     """Samples of any shape in the type of the wire; integers saturate at full scale."""
     if encoding == S16LE:
-        return np.rint(samples * _FULL_SCALE).clip(-32_768, 32_767).astype(S16LE)
+        scaled = samples * _FULL_SCALE
+        np.rint(scaled, out=scaled)
+        return scaled.clip(-32_768, 32_767, out=scaled).astype(S16LE)
     return samples.astype(F32LE, copy=False)
