@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Options for the program behind a verb: make serve ARGS="--http-listen 127.0.0.1:9000"
 ARGS ?=
 
+# What an installation depends on: its requirements, and the code that it compiles.
+INSTALLED := pyproject.toml $(wildcard percepnet/native/*.[ch])
+
 # What `make train` reads and writes.
 DATA ?= data
 CACHE ?= cache/train
@@ -67,16 +70,16 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.service: pyproject.toml | $(VENV)/.created
+$(VENV)/.service: $(INSTALLED) | $(VENV)/.created
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/.created
+$(VENV)/.dev: $(INSTALLED) | $(VENV)/.created
 	$(PIP) --editable '.[dev]'
 	@$(PIP) --editable '.[measure]' 2>$(VENV)/measure.log || \
 		echo "The measures could not be installed; PESQ needs a C compiler. Their tests will be skipped."
 	@touch $@
 
-$(VENV)/.train: pyproject.toml | $(VENV)/.created
+$(VENV)/.train: $(INSTALLED) | $(VENV)/.created
 	$(PIP) --editable '.[train]'
 	@touch $@

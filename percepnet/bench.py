@@ -180,7 +180,7 @@ def report(engine: Enhancer, streams: Sequence[int], seconds: float, file_length
     with one_core() as pinned:
         begun = time.perf_counter()
         cpu_begun = time.process_time()
-        yield f"{machine()}; signal path: {native.CODE}; {pinned}."
+        yield f"{machine()}; signal path {native.DESCRIPTION}; {pinned}."
         yield (
             f"Model {manifest.name} {manifest.version}, {manifest.n_weights / 1e6:.1f} M weights, "
             f"{engine.model.precision}."

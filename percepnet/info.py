@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnxruntime
 
+from percepnet import native
 from percepnet.constants import SAMPLE_RATE
 from percepnet.model import Model
 from percepnet.recordings import add_model_argument as add_arguments
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         "sha256": manifest.sha256,
         "delay": ", ".join(delays),
         "precision": model.precision,
+        "signal path": native.DESCRIPTION,
         "CPU": _cpu(),
         "onnxruntime": onnxruntime.__version__,
         "percepnet": version("percepnet"),

@@ -247,7 +247,15 @@ def test_sigterm_leaves_no_output(folder, model, monkeypatch):
 def test_info_shows_model_delay_and_path(model, capsys):
     assert main(["info", "--model", model]) == 0
     text = capsys.readouterr().out
-    for words in ("random 0", "Apache-2.0", "30.0 ms at 48 kHz", "33.2 ms at 16 kHz", "int8", "onnxruntime"):
+    for words in (
+        "random 0",
+        "Apache-2.0",
+        "30.0 ms at 48 kHz",
+        "33.2 ms at 16 kHz",
+        "int8",
+        "signal path",
+        "onnxruntime",
+    ):
         assert words in text
 
 

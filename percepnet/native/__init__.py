@@ -43,10 +43,12 @@ GENERATIONS = ("baseline", "x86-64-v3", "x86-64-v4")
 """Of processors, that there is code for; the baseline runs on all of an architecture."""
 
 CODE = "numpy"
-"""What does the work: numpy, or compiled code for a generation of processors."""
+"""What does the work: numpy, or the compiled code for a generation of processors."""
 if AVAILABLE:
     _path.configure({name: np.ascontiguousarray(*table) for name, table in _TABLES.items()})
     CODE = _path.use(GENERATIONS[-1])
+
+DESCRIPTION = f"compiled, {CODE}" if AVAILABLE else "numpy (there was no C compiler to build the faster one)"
 
 
 @dataclass(frozen=True)

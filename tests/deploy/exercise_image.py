@@ -29,7 +29,7 @@ def main() -> int:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if shutil.which("bwrap") is None:
         return refuse("bubblewrap (bwrap) is needed")
-    if {stage.base for stage in stages} != {f"python:{version}-slim"}:
+    if {stage.base.removesuffix("-slim") for stage in stages} != {f"python:{version}"}:
         return refuse(f"the image has another Python than {version}")
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)  # the image's user must get in

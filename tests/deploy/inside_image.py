@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from percepnet import native
 from service.client import Client
 
 AUDIO = "/check/noisy.wav"
@@ -29,6 +30,7 @@ def main(ports: str, health_check: str, entry_point: str, stop_signal: str) -> N
     http_port, grpc_port = ast.literal_eval(ports)
     check_rights()
     assert [name for name in ("torch", "pip", "pytest") if find_spec(name)] == []
+    assert native.AVAILABLE, "the signal path is compiled"
 
     server = subprocess.Popen(ast.literal_eval(entry_point), stderr=subprocess.PIPE, text=True)
     probe = ast.literal_eval(health_check)
