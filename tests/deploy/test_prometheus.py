@@ -122,7 +122,7 @@ def prometheus(pods: dict[str, Pod], tmp_path: Path) -> Iterator[Prometheus]:
 def test_streams_that_come_and_go_get_the_pods_that_they_need(
     pods: dict[str, Pod], prometheus: Prometheus
 ) -> None:
-    """Two pods of 16: the target of 10 asks for three, four, three again, whoever does the sum."""
+    """Two pods of 24: the target of 15 asks for three, four, three again, whoever does the sum."""
     with ExitStack() as hang_up:
         channels = {
             name: hang_up.enter_context(grpc.insecure_channel(pod.grpc)) for name, pod in pods.items()
@@ -143,9 +143,9 @@ def test_streams_that_come_and_go_get_the_pods_that_they_need(
         assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (3, 3)
         ramp(a=12, b=9)
         assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (3, 3)
-        ramp(a=16, b=15)
+        ramp(a=24, b=22)
         assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (4, 4)
-        ramp(a=16, b=16)
+        ramp(a=24, b=24)
         assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (4, 4)
         with pytest.raises(grpc.RpcError) as refused:
             PlainStream(channels["a"], RATE)
@@ -154,7 +154,7 @@ def test_streams_that_come_and_go_get_the_pods_that_they_need(
         ramp(a=4, b=0)
         assert (prometheus.wanted_by_hpa(), prometheus.wanted_by_keda()) == (3, 3)
         ramp(a=0, b=0)
-    assert value(prometheus, 'percepnet_streams_total{outcome="ok"}') == 32
+    assert value(prometheus, 'percepnet_streams_total{outcome="ok"}') == 48
     evaluated = prometheus.rules()
     assert {rule["health"] for rule in evaluated} == {"ok"}
     assert not [rule["name"] for rule in evaluated if rule["state"] == "firing"]
