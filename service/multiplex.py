@@ -91,6 +91,7 @@ class Multiplex:
         """Serve the RPC to its end; raises what ended it early."""
         with self._streams.watched(self):
             writer = asyncio.create_task(self._write_answers())
+            writer.add_done_callback(_is_known)
             try:
                 while (data := await self._context.read()) is not grpc.aio.EOF:
                     for i, request in enumerate(_parsed(data).sessions, 1):
@@ -110,12 +111,12 @@ class Multiplex:
                     raise self._error from None
                 raise
             finally:
+                self._reader = None  # nothing may cut the end short
                 tasks = [wire.task for wire in self._wires.values()]
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 # gRPC sends no status while a message is in the way: it must be left to end, whatever comes.
-                self._reader = None
                 self._ending = True
                 self._outbox.clear()
                 self._there.set()
@@ -211,6 +212,12 @@ class Multiplex:
             self._there.clear()
             if self._ending:
                 return
+
+
+def _is_known(writer: asyncio.Task[None]) -> None:
+    """Its error has ended the RPC, which may itself be cut short by gRPC before it looks at the writer."""
+    if not writer.cancelled():
+        writer.exception()
 
 
 def _parsed(data: bytes) -> pb.EnhanceStreamsRequest:
