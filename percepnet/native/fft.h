@@ -123,7 +123,8 @@ static void NAME(rfft)(const struct plan *plan, cell *x, cell *work, cell *bins,
     }
 }
 
-/* Real samples, times plan->size, from size / 2 + 1 bins; the result has the parts of each pair the other way round. */
+/* Real samples, times plan->size, from size / 2 + 1 bins: a cell of the result has an odd one in its real part, and in
+   its imaginary part the even one before. */
 static const cell *NAME(irfft)(const struct plan *plan, const cell *bins, cell *x, cell *work)
 {
     int half = plan->size / 2;

@@ -274,7 +274,7 @@ static PyObject *py_synthesize(PyObject *self, PyObject *const *args, Py_ssize_t
     a.n_frames = (int)(n_hops / n_streams);
     a.stream_step = (int)PyLong_AsLong(args[7]);
     a.frame_step = (int)PyLong_AsLong(args[8]);
-    Py_ssize_t n_controls = 1 + (n_streams - 1) * (Py_ssize_t)a.stream_step + (a.n_frames - 1) * (Py_ssize_t)a.frame_step;
+    Py_ssize_t n_controls = 1 + (n_streams - 1) * a.stream_step + (Py_ssize_t)(a.n_frames - 1) * a.frame_step;
     TAKE(a.wet, args[5], sizeof(float) * n_controls, 0);
     TAKE(a.sharpening, args[6], sizeof(float) * n_controls, 0);
     if (!(a.overlap = array(args[9], -(Py_ssize_t)sizeof(float) * HOP, PyBUF_WRITABLE, &n_rows)))

@@ -245,12 +245,13 @@ static void NAME(analyze)(const struct analysis *a, struct work *work)
         const float *spectra[LANES], *energies[LANES];
         for (int lane = 0; lane < LANES; lane++) {
             int job = first + (lane < used ? lane : 0), s = job / n_frames, f = job % n_frames;
-            int is_new = f >= LOOKAHEAD_FRAMES, old = (int)a->rows[s] * LOOKAHEAD_FRAMES + f, now = job - LOOKAHEAD_FRAMES;
+            int is_new = f >= LOOKAHEAD_FRAMES;
+            size_t now = job - LOOKAHEAD_FRAMES, old = a->rows[s] * LOOKAHEAD_FRAMES + f;
             if (lane < used)
                 NAME(comb)(work->heard + s * n_heard + REACH + f * HOP, a->period[job], work->combed[lane]);
             in[lane] = work->combed[lane < used ? lane : 0];
-            spectra[lane] = (const float *)(is_new ? work->spectra + (size_t)now * N_BINS : a->old_spectra + (size_t)old * N_BINS);
-            energies[lane] = is_new ? work->energies + (size_t)now * N_BANDS : a->old_energies + (size_t)old * N_BANDS;
+            spectra[lane] = &(is_new ? work->spectra + now * N_BINS : a->old_spectra + old * N_BINS)->re;
+            energies[lane] = is_new ? work->energies + now * N_BANDS : a->old_energies + old * N_BANDS;
         }
         NAME(spread)(in, WINDOW, (lanes *)work->x);
         NAME(weight)((lanes *)work->x, tables.window, WINDOW);
@@ -285,11 +286,11 @@ static void NAME(analyze)(const struct analysis *a, struct work *work)
         complex_float *spectra = a->old_spectra + (size_t)a->rows[s] * LOOKAHEAD_FRAMES * N_BINS;
         float *energies = a->old_energies + (size_t)a->rows[s] * LOOKAHEAD_FRAMES * N_BANDS;
         for (int i = 0; i < LOOKAHEAD_FRAMES; i++) {
-            int f = n_frames + i - LOOKAHEAD_FRAMES, job = s * n_frames + f;
-            int back = f + LOOKAHEAD_FRAMES; /* of the old ones, in a call of fewer frames */
-            memmove(spectra + i * N_BINS, f < 0 ? spectra + back * N_BINS : work->spectra + (size_t)job * N_BINS,
+            int f = n_frames + i - LOOKAHEAD_FRAMES;
+            size_t job = s * n_frames + f, old = i + n_frames; /* one of the old ones, in a call of fewer frames */
+            memmove(spectra + i * N_BINS, f < 0 ? spectra + old * N_BINS : work->spectra + job * N_BINS,
                     sizeof(complex_float) * N_BINS);
-            memmove(energies + i * N_BANDS, f < 0 ? energies + back * N_BANDS : work->energies + (size_t)job * N_BANDS,
+            memmove(energies + i * N_BANDS, f < 0 ? energies + old * N_BANDS : work->energies + job * N_BANDS,
                     sizeof(float) * N_BANDS);
         }
     }
