@@ -365,7 +365,7 @@ class Session:
                 self._engine.forget(self)
                 break
         if answered:
-            self.on_answer()
+            self._engine.tell(self)
 
     def _answer(self, asked: _Asked, since: float) -> Answer:
         if asked.controls is not None:
@@ -415,6 +415,7 @@ class Engine:
         self.n_apart = 0
         """Open sessions with messages of their own."""
         self._ready: dict[Session, None] = {}  # a set that keeps the order of arrival
+        self._answered: list[Session] | None = None  # in a round
         self._state = enhancer.initial_state(n_rows)
         self._nothing_heard = enhancer.initial_state(1)
         # Rows: share of the enhanced spectrum, share of the postfiltered gains.
@@ -513,6 +514,13 @@ class Engine:
             self.on_work()
         self._ready[session] = None
 
+    def tell(self, session: Session) -> None:
+        """A session has answers; those of a round are told of after it, as their messages are transport."""
+        if self._answered is None:
+            session.on_answer()
+        else:
+            self._answered.append(session)
+
     def run_round(self, now: float) -> None:
         """Enhance the same number of frames of every session that has some, and answer what can be.
 
@@ -524,6 +532,7 @@ class Engine:
             self._rest()
             return
         started, network_before = time.thread_time(), self._model.cpu_seconds
+        self._answered = []
         try:
             for n_late, late in _alike(sessions, lambda session: session.n_late(now)).items():
                 if n_late:
@@ -542,6 +551,9 @@ class Engine:
         network = self._model.cpu_seconds - network_before
         self.cpu.network += network
         self.cpu.dsp += time.thread_time() - started - network
+        answered, self._answered = self._answered, None
+        for session in answered:
+            session.on_answer()
 
     def _enhance(self, sessions: list[Session], n_frames: int) -> None:
         sessions = sorted(sessions, key=lambda session: session.row)

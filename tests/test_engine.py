@@ -275,6 +275,16 @@ def test_a_rate_out_of_range_takes_no_place(engine):
     assert engine.active == 0
 
 
+def test_what_is_done_with_answers_is_no_part_of_the_signal_path(engine):
+    """It happens after the round's CPU time went into the books, and so counts as transport."""
+    spent = []
+    session = engine.open(Options(48_000, pcm.F32LE), lambda: spent.append(engine.cpu.dsp))
+    session.push(noise(480), 0.0)
+    engine.run_round(0.0)
+    assert spent == [engine.cpu.dsp]
+    assert engine.cpu.dsp > 0
+
+
 def test_files_wait_only_while_frames_wait(engine):
     session = opened(engine)
     assert engine.quiet.is_set()
