@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 from service.engine import Engine
 
@@ -25,13 +26,13 @@ _LOOKS = 4
 """At what gRPC's threads bring, before a round at most."""
 
 
+_yield_core = getattr(os, "sched_yield", partial(time.sleep, 0))
+
+
 def _give_way() -> None:
     """Let other threads have the core, if they want it."""
     for _ in range(_YIELDS):
-        if hasattr(os, "sched_yield"):
-            os.sched_yield()
-        else:
-            time.sleep(0)
+        _yield_core()
 
 
 class Ticker:
@@ -42,8 +43,8 @@ class Ticker:
     has come, enhances it in a round, and writes the answers; with several streams it then sleeps, so that it
     wakes once for all the messages that come meanwhile (if not all streams share theirs). A frame that just
     misses a beat is answered by the next one, so the time from beat to beat is what the work of a beat leaves
-    of the aim. gRPC's threads, and messages behind the first of a stream, need the loop to rest a while: a
-    beat looks again until no more come. There is no sleep over frames that a round has left.
+    of the aim. gRPC's threads, and messages behind the first of a stream, need the loop to give way: a beat
+    looks again until no more come. There is no sleep over frames that a round has left.
     """
 
     def __init__(

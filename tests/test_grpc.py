@@ -5,6 +5,8 @@ stream does reaches another one, and nothing stays behind.
 """
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -93,6 +95,16 @@ def noise(n_samples: int, seed: int = 0) -> np.ndarray:
 
 def pcm16(n_samples: int) -> bytes:
     return (noise(n_samples) * 32_768).astype("<i2").tobytes()
+
+
+def test_grpc_knows_how_it_is_told_to_read() -> None:
+    """It says so on stderr when a newer one does not; then `read_directly` has to go."""
+    code = (
+        "from service import wakeups; wakeups.read_directly()\n"
+        "import grpc; server = grpc.server(None); server.add_insecure_port('127.0.0.1:0')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_live_stream_is_the_offline_result(service: Service, enhancer: Enhancer) -> None:

@@ -70,21 +70,22 @@ def test_the_analysis_is_that_of_numpy(generation: str, manifest: Manifest) -> N
 
 
 @compiled
-@pytest.mark.parametrize("moving", [False, True], ids=["steady controls", "moving controls"])
-def test_the_synthesis_is_that_of_numpy(generation: str, manifest: Manifest, moving: bool) -> None:
+@pytest.mark.parametrize("controls", ["steady", "moving", "of each stream"])
+def test_the_synthesis_is_that_of_numpy(generation: str, manifest: Manifest, controls: str) -> None:
     rng = np.random.default_rng(0)
     shape = (len(SAMPLES), N_FRAMES)
     gains, strengths = rng.random((2, *shape, 34), np.float32)
-    controls = FrameControls.of(Controls(attenuation_limit_db=12, mix=0.9, postfilter=0.7))
-    if moving:
-        controls = FrameControls(*rng.random((2, *shape), np.float32))
-    overlap, expected_overlap = rng.normal(0, 0.1, (2, len(SAMPLES), HOP)).astype(np.float32)
-    expected_overlap[:] = overlap
+    wet, sharpening = rng.random((2, *shape), np.float32)
+    chosen = {
+        "steady": FrameControls.of(Controls(attenuation_limit_db=12, mix=0.9, postfilter=0.7)),
+        "moving": FrameControls(wet, sharpening),
+        "of each stream": FrameControls(wet[:, :1], sharpening[:1, :1]),
+    }[controls]
+    overlap = rng.normal(0, 0.1, (len(SAMPLES), HOP)).astype(np.float32)
+    before = overlap.copy()
     frames = native.analyze(SAMPLES, copy(STATE), ROWS, manifest.feature_mean, manifest.feature_scale)
-    enhanced = native.synthesize(frames, gains, strengths, overlap, ROWS, controls)
-    expected, expected_overlap = synthesize(
-        analyze(SAMPLES, STATE)[0], gains, strengths, expected_overlap, controls
-    )
+    enhanced = native.synthesize(frames, gains, strengths, overlap, ROWS, chosen)
+    expected, expected_overlap = synthesize(analyze(SAMPLES, STATE)[0], gains, strengths, before, chosen)
     assert reference.agreement_db(enhanced, expected) > 100
     np.testing.assert_allclose(overlap, expected_overlap, atol=1e-6)
 

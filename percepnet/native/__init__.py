@@ -114,8 +114,10 @@ def synthesize(
     """
     n_streams, n_frames = analysis.period.shape
     enhanced = np.empty((n_streams, n_frames * HOP), np.float32)
-    wet = np.ascontiguousarray(controls.wet, np.float32)
-    sharpening = np.ascontiguousarray(controls.sharpening, np.float32)
+    wet, sharpening = controls.wet, controls.sharpening
+    if wet.shape != sharpening.shape:
+        wet, sharpening = np.broadcast_arrays(wet, sharpening)
+    wet, sharpening = (np.ascontiguousarray(share, np.float32) for share in (wet, sharpening))
     frame_step = int(wet.shape[1] > 1)
     stream_step = wet.shape[1] if len(wet) > 1 else 0
     _path.synthesize(
