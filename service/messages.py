@@ -100,6 +100,11 @@ def samples(data: bytes, kind: np.dtype, longest: int) -> np.ndarray:
     return pcm.decode(data, kind)
 
 
+def audio(request: pb.EnhanceStreamRequest, options: Options) -> np.ndarray:
+    """The samples that a stream's message brings, float32 (n,); raises ParameterError."""
+    return samples(request.audio, options.encoding, options.sample_rate * MAX_MESSAGE_SECONDS)
+
+
 def started(
     session: Session, manifest: Manifest, idle_seconds: float, challenge: bytes
 ) -> pb.EnhanceStreamResponse:

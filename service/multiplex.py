@@ -95,10 +95,10 @@ class Multiplex:
             try:
                 while (data := await self._context.read()) is not grpc.aio.EOF:
                     for i, request in enumerate(_parsed(data).sessions, 1):
-                        await self._take(request, len(data))
-                        await self._room.wait()
-                        if i % _BURST == 0:
+                        if self._take(request, len(data)) or i % _BURST == 0:
                             await asyncio.sleep(0)
+                        if not self.has_room:
+                            await self._room.wait()
                 for wire in self._wires.values():
                     wire.feed(None)
                 while self._wires:
@@ -122,23 +122,25 @@ class Multiplex:
                 self._there.set()
                 await asyncio.gather(writer, return_exceptions=True)
 
-    async def _take(self, request: pb.SessionRequest, message_bytes: int) -> None:
-        """Bring a request to its session; one that is not open yet begins with it, or is refused."""
-        number, kind = request.session_id, request.request.WhichOneof("payload")
+    def _take(self, request: pb.SessionRequest, message_bytes: int) -> bool:
+        """Bring a request to its session; one that is not open yet begins with it, or is refused.
+
+        Returns whether it begins: in a turn of the loop it takes a place, or is refused, before more come.
+        """
+        number = request.session_id
         self._moved = time.monotonic()
         wire = self._wires.get(number)
         begins = wire is None
         if wire is None:
-            if kind != "config" and number in self._ended:
-                return
+            if request.request.WhichOneof("payload") != "config" and number in self._ended:
+                return False
             if self._streams.stopping():
                 self._end(number, StoppingError("the server is stopping; open the session elsewhere"))
-                return
+                return False
             wire = self._wires[number] = _SessionWire(self, number)
             wire.task = asyncio.create_task(self._serve(number, wire))
         wire.feed(request.request, shared_bytes=message_bytes)
-        if begins:
-            await asyncio.sleep(0)  # it takes a place, or is refused, before more take memory
+        return begins
 
     async def _serve(self, number: int, wire: "_SessionWire") -> None:
         error: Exception | None = None
@@ -248,6 +250,8 @@ class _SessionWire(Wire):
         if self._is_ahead:
             return
         if self._came is not None and not self._came.done():
+            if request is not None and self.listener is not None and self.listener(request):
+                return
             if request is not None and shared_bytes > SHARED_BYTES:
                 request = pb.EnhanceStreamRequest.FromString(request.SerializeToString())
             self._came.set_result(request)

@@ -38,6 +38,9 @@ _STOPPING = "the server is stopping; open the stream elsewhere"
 class Wire(Protocol):
     """What carries one stream: gRPC or WebSocket."""
 
+    listener: Callable[[pb.EnhanceStreamRequest], bool] | None = None
+    """While `read` waits, a message may be brought here first; tells whether it was taken."""
+
     async def read(self) -> pb.EnhanceStreamRequest | None:
         """The next message; None at the end. Raises ParameterError for what is none."""
 
@@ -169,6 +172,7 @@ class Conversation:
         self._answered = asyncio.Event()  # there are answers to write, or nothing more will come
         self._room = asyncio.Event()  # the reader may go on
         self._ending = False
+        self._begins = True  # nothing came after the config
         self._misses = 0
         self._challenge = b""  # that a state must be made for
         self._outcome = "ok"
@@ -221,6 +225,7 @@ class Conversation:
         await self._write(messages.started(session, self._streams.manifest, idle_seconds, self._challenge))
         self._writer = asyncio.create_task(self._write_answers(session))
         self._writer.add_done_callback(self._writer_ended)
+        self._wire.listener = self._take_audio
         hand_over = await self._read_messages(session)
         while session.n_frames:
             await asyncio.sleep(DEADLINE_SECONDS)
@@ -259,15 +264,14 @@ class Conversation:
 
     async def _read_messages(self, session: Session) -> pb.HandOver | None:
         """Take messages up to the end, or to what asks for the stream's state."""
-        longest = session.options.sample_rate * messages.MAX_MESSAGE_SECONDS
-        begins, ended = True, False
+        ended = False
         while not ended:
             request = await self._read()
             now = time.monotonic()
             kind = "end" if request is None else request.WhichOneof("payload")
             if kind == "audio":
                 assert request is not None
-                session.push(messages.samples(request.audio, session.options.encoding, longest), now)
+                session.push(messages.audio(request, session.options), now)
                 await self._keep_up(session)
             elif kind == "parameters":
                 assert request is not None
@@ -282,7 +286,7 @@ class Conversation:
             elif kind == "hand_over":
                 assert request is not None
                 return request.hand_over
-            elif kind == "resume" and begins:
+            elif kind == "resume" and self._begins:
                 assert request is not None
                 self._engine.restore(session, self._streams.seals.open(request.resume.state, self._challenge))
                 await self._write(messages.resumed(session))
@@ -292,16 +296,36 @@ class Conversation:
                     f"payload: {messages.payload(request)} came; after the config accepted are audio, "
                     "parameters, flush, hand_over and end, and first of all resume"
                 )
-            begins = False
+            self._begins = False
         return None
+
+    def _take_audio(self, request: pb.EnhanceStreamRequest) -> bool:
+        """Take audio without a turn of the loop, unless something is wrong with it or much is unanswered."""
+        session = self._session
+        if session is None or session.n_unanswered + 1 >= _BURST or request.WhichOneof("payload") != "audio":
+            return False
+        try:
+            samples = messages.audio(request, session.options)
+        except ParameterError:
+            return False
+        if session.queued_samples + len(samples) > self._longest_queue(session):
+            return False
+        self._heard = time.monotonic()
+        self._begins = False
+        session.push(samples, self._heard)
+        return True
 
     async def _keep_up(self, session: Session) -> None:
         """Wait while too much of what came is not answered."""
         if session.n_unanswered >= _BURST:
             await asyncio.sleep(0)
-        limit = round(self._streams.settings.stream_queue_seconds * session.options.sample_rate)
-        while session.queued_samples > limit or session.n_unanswered > MAX_UNANSWERED:
+        longest = self._longest_queue(session)
+        while session.queued_samples > longest or session.n_unanswered > MAX_UNANSWERED:
             await self._wait_for_room()
+
+    def _longest_queue(self, session: Session) -> int:
+        """Samples that may be unanswered."""
+        return round(self._streams.settings.stream_queue_seconds * session.options.sample_rate)
 
     async def _wait_for_room(self) -> None:
         self._room.clear()

@@ -381,10 +381,13 @@ def test_a_session_moves_within_an_rpc_of_many(servers: list[Server]) -> None:
         )(iter(requests.get, None), timeout=TIMEOUT_SECONDS)
         parts = (part for response in responses for part in response.sessions)
 
-        def ask(number: int, **payload: Any) -> pb.EnhanceStreamResponse:
+        def part(number: int, **payload: Any) -> pb.SessionResponse:
             request = pb.SessionRequest(session_id=number, request=Request(**payload))
             requests.put(pb.EnhanceStreamsRequest(sessions=[request]))
-            return next(part.response for part in parts if part.session_id == number)
+            return next(part for part in parts if part.session_id == number)
+
+        def ask(number: int, **payload: Any) -> pb.EnhanceStreamResponse:
+            return part(number, **payload).response
 
         ask(1, config=CONFIG)
         challenge = ask(2, config=CONFIG).started.challenge
@@ -392,6 +395,9 @@ def test_a_session_moves_within_an_rpc_of_many(servers: list[Server]) -> None:
         state = ask(1, hand_over=pb.HandOver(challenge=challenge)).handed_over.state
         assert ask(2, resume=pb.Resume(state=state)).resumed.position == 600
         assert ask(2, audio=samples[600:].tobytes()).audio.audio == unbroken.push(samples[600:])
+        ask(3, config=CONFIG)
+        ask(3, audio=samples[:600].tobytes())
+        assert "resume came" in part(3, resume=pb.Resume(state=state)).ended.message
         requests.put(None)
 
 
