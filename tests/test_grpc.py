@@ -276,6 +276,26 @@ def test_health_and_reflection_answer(service: Service) -> None:
     assert "percepnet_service.v1.EnhancementService" in names
 
 
+def test_callers_may_ask_whether_the_connection_lives_while_nothing_is_said(service: Service) -> None:
+    """Three times too early, and gRPC would hang up, on connections with calls and without."""
+    options = [
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.keepalive_time_ms", 1_500),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+    with (
+        grpc.insecure_channel(service.target, options) as idle,
+        grpc.insecure_channel(service.target, options) as busy,
+    ):
+        states: list[grpc.ChannelConnectivity] = []
+        idle.subscribe(states.append, try_to_connect=True)
+        with pytest.raises(grpc.RpcError) as ended:
+            list(health_pb2_grpc.HealthStub(busy).Watch(health_pb2.HealthCheckRequest(), timeout=6))
+        assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert states[-1] is grpc.ChannelConnectivity.READY
+
+
 def test_metrics_count_streams_audio_and_time(service: Service) -> None:
     service.wait_for("percepnet_streams_active", 0)
     names = (
