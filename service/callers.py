@@ -26,6 +26,8 @@ class Caller:
     """Name of the API key."""
     traceparent: str | None = None
     """The caller's trace."""
+    session_id: int | None = None
+    """Of the sessions that share an RPC, the one that asks."""
 
     @classmethod
     def of(cls, peer: str, key: str | None, headers: Mapping[str, str]) -> "Caller":
@@ -34,7 +36,7 @@ class Caller:
         return cls(peer, key, traceparent if _TRACEPARENT.fullmatch(traceparent) else None)
 
     @property
-    def fields(self) -> dict[str, str]:
+    def fields(self) -> dict[str, str | int]:
         """What a log line tells of it."""
         told = {name: value for name, value in vars(self).items() if value is not None}
         return told | {"peer": _address(self.peer)}

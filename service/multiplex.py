@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from dataclasses import replace
 
 import grpc
 
@@ -145,7 +146,8 @@ class Multiplex:
     async def _serve(self, number: int, wire: "_SessionWire") -> None:
         error: Exception | None = None
         try:
-            await self._streams.converse(wire, self._caller, shares_messages=True)
+            caller = replace(self._caller, session_id=number)
+            await self._streams.converse(wire, caller, shares_messages=True)
         except Exception as raised:
             error = raised
         finally:

@@ -3,6 +3,7 @@
 Invariant: a session gets what a stream of its own would get, whatever the others of its RPC do.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
@@ -121,6 +122,14 @@ def test_sessions_of_one_rpc_are_admitted_by_what_they_take(enhancer, monkeypatc
     started = [number for number, parts in found.items() if parts[0].response.HasField("started")]
     assert sorted(started) == list(range(8))
     assert found[8][0].ended.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+
+
+def test_the_log_tells_the_sessions_of_an_rpc_apart(channel, caplog):
+    with caplog.at_level(logging.INFO, "percepnet.service"):
+        list(opened(channel, [message((0, config()), (7, config()), (8, {}))]))
+    lines = sorted((record.fields["session_id"], record.getMessage()) for record in caplog.records)
+    both = [(number, line) for number in (0, 7) for line in ("stream closed", "stream opened")]
+    assert lines == [*both, (8, "stream refused")]
 
 
 def test_closing_the_sending_side_flushes_every_session(channel, enhancer):
