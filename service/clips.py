@@ -12,7 +12,7 @@ from percepnet.stream import enhance
 from service import messages, pcm
 from service.access import Access
 from service.callers import Caller
-from service.errors import ClientGoneError, StoppingError, UploadTimeoutError, outcome, within
+from service.errors import ClientGoneError, StoppingError, UploadTimeoutError, logged, within
 from service.files import Files
 from service.jobs import Checkpoint, FileJobs
 from service.logs import logger
@@ -49,7 +49,7 @@ class Clips:
             with self._access.files.hold(caller.key), self._jobs.place():
                 await self._enhance(context, line)
         except (Exception, asyncio.CancelledError) as error:
-            line["outcome"] = outcome(error)
+            line |= logged(error)
             raise
         finally:
             line["open_seconds"] = round(time.monotonic() - started, 3)

@@ -168,6 +168,12 @@ def told(error: Exception) -> str:
     return answer.meaning if answer.code == "internal" else str(error)
 
 
+def logged(error: BaseException) -> dict[str, str]:
+    """What a log line tells of a failure, whose text may hold as much of the request as the caller likes."""
+    detail = {"detail": f"{told(error):.500}"} if isinstance(error, Exception) else {}
+    return {"outcome": outcome(error)} | detail
+
+
 async def within(seconds: float, work: Awaitable[_Result], error: Exception) -> _Result:
     """Await some work, but not for longer; raises the error then."""
     try:

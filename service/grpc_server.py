@@ -17,7 +17,7 @@ from service import clips, maxine, messages, wakeups
 from service.access import Access
 from service.callers import Caller
 from service.clips import Clips
-from service.errors import BusyError, ClientGoneError, UnauthenticatedError, answer_for, outcome, told
+from service.errors import BusyError, ClientGoneError, UnauthenticatedError, answer_for, logged, outcome, told
 from service.files import Files
 from service.health import Health
 from service.listener import Listener
@@ -249,7 +249,7 @@ class _Gate(grpc.aio.ServerInterceptor):
     ) -> None:
         caller = Caller(context.peer())
         if method == "EnhanceClip":
-            clips.log(caller, {"outcome": outcome(error)})
+            clips.log(caller, logged(error))
         elif is_stream:
             self._streams.refused(caller, error)
 

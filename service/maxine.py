@@ -23,7 +23,7 @@ from service.errors import (
     StoppingError,
     TooLargeError,
     UploadTimeoutError,
-    outcome,
+    logged,
     within,
 )
 from service.files import Files
@@ -82,7 +82,7 @@ class Maxine:
                 line |= _described(summary)
                 await self._send(talk, target)
         except (Exception, asyncio.CancelledError) as error:
-            line["outcome"] = outcome(error)
+            line |= logged(error)
             raise
         finally:
             self.n_files -= 1

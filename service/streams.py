@@ -130,9 +130,9 @@ class Streams:
 
     def refused(self, caller: Caller, error: Exception) -> None:
         """Write the books of a stream that never began."""
-        outcome = errors.outcome(error)
-        self.metrics.streams.labels(outcome).inc()
-        logger.info("stream refused", extra={"fields": caller.fields | {"outcome": outcome}})
+        ending = errors.logged(error)
+        self.metrics.streams.labels(ending["outcome"]).inc()
+        logger.info("stream refused", extra={"fields": caller.fields | ending})
 
     @contextmanager
     def place(self, caller: Caller) -> Iterator[None]:
@@ -239,12 +239,12 @@ class Conversation:
 
     def _close(self, error: BaseException | None) -> None:
         """Give the place back, and write the books."""
-        outcome = self._outcome if error is None else errors.outcome(error)
-        self._metrics.streams.labels(outcome).inc()
+        ending = {"outcome": self._outcome} if error is None else errors.logged(error)
+        self._metrics.streams.labels(ending["outcome"]).inc()
         session = self._session
         if session is None:
-            left = error is None or outcome == "client_gone"
-            self._log("stream left before its config" if left else "stream refused", outcome=outcome)
+            left = error is None or ending["outcome"] == "client_gone"
+            self._log("stream left before its config" if left else "stream refused", **ending)
             return
         self._engine.close(session)
         session.answers.clear()
@@ -254,7 +254,7 @@ class Conversation:
         self._metrics.stream_audio.inc(audio_seconds)
         self._log(
             "stream closed",
-            outcome=outcome,
+            **ending,
             sample_rate_hz=session.options.sample_rate,
             audio_seconds=round(audio_seconds, 3),
             open_seconds=round(time.monotonic() - self._opened, 3),

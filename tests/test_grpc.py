@@ -207,11 +207,18 @@ def test_parameters_change_and_passages_end_inside_a_stream(service: Service, en
     ],
 )
 def test_a_wrong_message_names_its_field_and_harms_no_other_stream(
-    service: Service, bystander: LiveStream, requests: list[Request | bytes], told: str
+    service: Service,
+    bystander: LiveStream,
+    requests: list[Request | bytes],
+    told: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    code, details = service.refused(*requests)
+    with caplog.at_level(logging.INFO, "percepnet.service"):
+        code, details = service.refused(*requests)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert told in details
+    line = caplog.records[-1].fields  # type: ignore[attr-defined]
+    assert (line["outcome"], line["detail"]) == ("bad_parameter", details)
 
 
 def test_a_stream_without_a_message_is_no_error(service: Service, caplog: pytest.LogCaptureFixture) -> None:
@@ -345,6 +352,7 @@ def test_a_stream_leaves_two_lines_that_keep_the_trace(
         lines = [record for record in caplog.records if getattr(record, "fields", {}).get("traceparent")]
     assert [line.getMessage() for line in lines] == ["stream opened", "stream closed"]
     assert lines[1].fields["audio_seconds"] == 0.05  # type: ignore[attr-defined]
+    assert "detail" not in lines[1].fields  # type: ignore[attr-defined]
     assert {line.fields["traceparent"] for line in lines} == {trace}  # type: ignore[attr-defined]
 
 
