@@ -13,7 +13,7 @@ from percepnet.errors import ParameterError
 from service.access import Access, peer_of
 from service.callers import Caller
 from service.connections import MAX_MESSAGE_BYTES
-from service.errors import ClientGoneError, TooLargeError, UnauthenticatedError, answer_for, told
+from service.errors import BusyError, ClientGoneError, TooLargeError, UnauthenticatedError, answer_for, told
 from service.logs import logger
 from service.messages import pb
 from service.streams import Streams, Wire
@@ -106,9 +106,10 @@ class _Wire(Wire):
         answer = answer_for(error)
         if answer.code == "internal":
             logger.error("stream failed", exc_info=error)
-        detail = told(error)
-        await self._send(text=_text({"error": {"code": answer.code, "detail": detail}}))
-        await self.close(CLOSE_CODES_FROM + answer.http_status, detail)
+        values = {"code": answer.code, "detail": told(error)}
+        hint = {"retry_seconds": error.retry_seconds} if isinstance(error, BusyError) else {}
+        await self._send(text=_text({"error": values | hint}))
+        await self.close(CLOSE_CODES_FROM + answer.http_status, values["detail"])
 
     async def _send(self, **content: str | bytes) -> None:
         await self._send_event({"type": "websocket.send", **content})

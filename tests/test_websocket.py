@@ -213,7 +213,8 @@ def test_one_stream_too_many_is_told_and_places_come_back(service: Service) -> N
             held.enter_context(service.stream())
         with service.connect() as call:
             send(call, config=CONFIG)
-            assert text(call)["error"]["code"] == "busy"
+            error = text(call)["error"]
+            assert (error["code"], error["retry_seconds"]) == ("busy", 1)
             assert ending(call) == (4503, "all 4 live streams of this server are taken")
     service.wait_for("percepnet_streams_active", 0)
 
