@@ -1,6 +1,7 @@
 """Our proto follows buf's standard rules, all have comments, the code is what protoc makes of them."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,16 +11,23 @@ from google.protobuf import descriptor_pb2
 from service.pb import generate
 
 protoc = pytest.importorskip("grpc_tools.protoc")
+WELL_KNOWN = Path(protoc.__file__).parent / "_proto"
 
 PACKAGE = "percepnet_service.v1"
+PASCAL, SNAKE, CAPITALS = "[A-Z][A-Za-z0-9]*", "[a-z][a-z0-9]*(_[a-z0-9]+)*", "[A-Z0-9]+(_[A-Z0-9]+)*"
+
+
+def compiled(protos: Path, folder: Path) -> dict[str, descriptor_pb2.FileDescriptorProto]:
+    """The protos below a folder; protoc warns of imports that are not used."""
+    path = folder / "set.binpb"
+    options = ["--fatal_warnings", "--include_source_info", f"--descriptor_set_out={path}"]
+    assert protoc.main(["protoc", f"-I{protos}", f"-I{WELL_KNOWN}", *options, *generate.FILES]) == 0
+    return {file.name: file for file in descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file}
 
 
 @pytest.fixture(scope="module")
 def protos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, descriptor_pb2.FileDescriptorProto]:
-    path = tmp_path_factory.mktemp("descriptors") / "set.binpb"
-    options = [f"-I{generate.PROTOS}", "--include_source_info", f"--descriptor_set_out={path}"]
-    assert protoc.main(["protoc", *options, *generate.FILES]) == 0
-    return {file.name: file for file in descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file}
+    return compiled(generate.PROTOS, tmp_path_factory.mktemp("descriptors"))
 
 
 @pytest.fixture(scope="module")
@@ -42,24 +50,79 @@ def test_the_package_is_versioned_and_names_its_folder(proto: descriptor_pb2.Fil
     assert proto.name == "percepnet_service/v1/enhancement.proto"
 
 
-def test_names_follow_the_rules(proto: descriptor_pb2.FileDescriptorProto) -> None:
-    """buf's STANDARD category: cases, suffixes, enum prefixes, one request and one response per method."""
-    for message in proto.message_type:
-        assert re.fullmatch(r"([A-Z][a-z0-9]*)+", message.name)
-        for field in message.field:
-            assert re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", field.name)
-    for enum in proto.enum_type:
+Scope = descriptor_pb2.FileDescriptorProto | descriptor_pb2.DescriptorProto
+
+
+def names(scope: Scope) -> Iterator[tuple[str, str]]:
+    """The names in a file or message, nested ones included, and what buf's STANDARD rules want each to be."""
+    is_file = isinstance(scope, descriptor_pb2.FileDescriptorProto)
+    for message in scope.message_type if is_file else scope.nested_type:
+        yield message.name, PASCAL
+        yield from ((field.name, SNAKE) for field in message.field)
+        made = {f"_{field.name}" for field in message.field if field.proto3_optional}
+        yield from ((oneof.name, SNAKE) for oneof in message.oneof_decl if oneof.name not in made)
+        yield from names(message)
+    for enum in scope.enum_type:
         prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", enum.name).upper()
-        assert (enum.value[0].name, enum.value[0].number) == (f"{prefix}_UNSPECIFIED", 0)
-        assert all(value.name.startswith(f"{prefix}_") for value in enum.value)
-    used = []
-    for service in proto.service:
-        assert service.name.endswith("Service")
+        yield enum.name, PASCAL
+        yield enum.value[0].name, f"{prefix}_UNSPECIFIED"
+        yield from ((value.name, f"{prefix}_{CAPITALS}") for value in enum.value)
+    for service in scope.service if is_file else ():
+        yield service.name, f"{PASCAL}Service"
         for method in service.method:
-            assert method.input_type == f".{PACKAGE}.{method.name}Request"
-            assert method.output_type == f".{PACKAGE}.{method.name}Response"
-            used += [method.input_type, method.output_type]
-    assert len(set(used)) == len(used)
+            yield method.name, PASCAL
+            yield method.input_type, rf"\.{PACKAGE}\.{method.name}Request"
+            yield method.output_type, rf"\.{PACKAGE}\.{method.name}Response"
+
+
+def misnamed(proto: descriptor_pb2.FileDescriptorProto) -> list[str]:
+    return [name for name, rule in names(proto) if not re.fullmatch(rule, name)]
+
+
+def test_names_follow_the_rules(proto: descriptor_pb2.FileDescriptorProto) -> None:
+    assert misnamed(proto) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("oneof payload", "oneof PayLoad"),
+        ("ENCODING_S16LE", "ENCODING_s16Le"),
+        ("ENCODING_S16LE", "S16LE"),
+        ("ENCODING_UNSPECIFIED", "ENCODING_NONE"),
+        ("service EnhancementService", "service enhancement_Service"),
+        ("service EnhancementService", "service Enhancement"),
+        ("rpc GetStatus(", "rpc get_status("),
+        ("rpc GetStatus(", "rpc GetState("),
+        ("sample_rate_hz", "sampleRateHz"),
+        ("message SessionEnded {", "message SessionEnded { message inner_part {}"),
+        ("message SessionEnded {", "message SessionEnded { enum Kind { NO_KIND = 0; }"),
+    ],
+)
+def test_a_wrong_name_is_noticed(tmp_path: Path, right: str, wrong: str) -> None:
+    change(tmp_path, right, wrong)
+    assert misnamed(compiled(tmp_path, tmp_path)[generate.OWN])
+
+
+def test_an_import_that_is_not_used_is_noticed(tmp_path: Path) -> None:
+    change(tmp_path, f"package {PACKAGE};", f'package {PACKAGE}; import "google/protobuf/empty.proto";')
+    with pytest.raises(AssertionError):
+        compiled(tmp_path, tmp_path)
+
+
+def change(folder: Path, right: str, wrong: str) -> None:
+    """Put protos with a mistake into a folder."""
+    shutil.copytree(generate.PROTOS, folder, dirs_exist_ok=True)
+    path = folder / generate.OWN
+    assert right in path.read_text()
+    path.write_text(path.read_text().replace(right, wrong))
+
+
+def test_imports_and_enums_are_plain(proto: descriptor_pb2.FileDescriptorProto) -> None:
+    """The rules of the category that are not about names, beyond what the compiler sees to."""
+    assert not proto.public_dependency
+    assert not proto.weak_dependency
+    assert not any(enum.options.allow_alias for enum in proto.enum_type)
 
 
 def paths(proto: descriptor_pb2.FileDescriptorProto) -> Iterator[tuple[str, tuple[int, ...]]]:
