@@ -90,38 +90,42 @@ class Multiplex:
 
     async def run(self) -> None:
         """Serve the RPC to its end; raises what ended it early."""
-        with self._streams.watched(self):
-            writer = asyncio.create_task(self._write_answers())
-            writer.add_done_callback(_is_known)
-            try:
-                while (data := await self._context.read()) is not grpc.aio.EOF:
-                    for i, request in enumerate(_parsed(data).sessions, 1):
-                        if self._take(request, len(data)) or i % _BURST == 0:
-                            await asyncio.sleep(0)
-                        if not self.has_room:
-                            await self._room.wait()
-                for wire in self._wires.values():
-                    wire.feed(None)
-                while self._wires:
-                    await asyncio.wait([wire.task for wire in self._wires.values()])
+        writer = asyncio.create_task(self._write_answers())
+        writer.add_done_callback(_is_known)
+        try:
+            with self._streams.watched(self):
+                await self._read_messages()
                 self._ending = True
                 self._there.set()
                 await writer
-            except asyncio.CancelledError:
-                if self._error is not None:
-                    raise self._error from None
-                raise
-            finally:
-                self._reader = None  # nothing may cut the end short
-                tasks = [wire.task for wire in self._wires.values()]
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                # gRPC sends no status while a message is in the way: it must be left to end, whatever comes.
-                self._ending = True
-                self._outbox.clear()
-                self._there.set()
-                await asyncio.gather(writer, return_exceptions=True)
+        except asyncio.CancelledError:
+            if self._error is not None:
+                raise self._error from None
+            raise
+        finally:
+            self._reader = None  # nothing may cut the end short
+            tasks = [wire.task for wire in self._wires.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            # gRPC sends no status while a message is in the way: it must be left to end, whatever comes.
+            self._ending = True
+            self._outbox.clear()
+            self._there.set()
+            await asyncio.gather(writer, return_exceptions=True)
+
+    async def _read_messages(self) -> None:
+        """Take messages up to the end, and wait for that of all sessions."""
+        while (data := await self._context.read()) is not grpc.aio.EOF:
+            for i, request in enumerate(_parsed(data).sessions, 1):
+                if self._take(request, len(data)) or i % _BURST == 0:
+                    await asyncio.sleep(0)
+                if not self.has_room:
+                    await self._room.wait()
+        for wire in self._wires.values():
+            wire.feed(None)
+        while self._wires:
+            await asyncio.wait([wire.task for wire in self._wires.values()])
 
     def _take(self, request: pb.SessionRequest, message_bytes: int) -> bool:
         """Bring a request to its session; one that is not open yet begins with it, or is refused.

@@ -115,9 +115,7 @@ class Streams:
     async def converse(self, wire: Wire, caller: Caller, *, shares_messages: bool = False) -> None:
         """Serve one stream to its end; raises what ended it early. shares_messages: with other streams."""
         self._opened()
-        conversation = Conversation(self, wire, caller, shares_messages)
-        with self.watched(conversation):
-            await conversation.run()
+        await Conversation(self, wire, caller, shares_messages).run()
 
     @contextmanager
     def watched(self, conversation: "Member") -> Iterator[None]:
@@ -200,12 +198,13 @@ class Conversation:
     async def run(self) -> None:
         """Serve the stream to its end; raises what ended it early."""
         error: BaseException | None = None
-        try:
-            with self._streams.place(self._caller):
-                await self._converse()
-        except (Exception, asyncio.CancelledError) as raised:
-            error = self._error or raised
-        self._close(error)
+        with self._streams.watched(self):
+            try:
+                with self._streams.place(self._caller):
+                    await self._converse()
+            except (Exception, asyncio.CancelledError) as raised:
+                error = self._error or raised
+            self._close(error)
         self._reader = None  # its end is settled, and nothing may cut it short
         if self._writer is not None:
             self._wire.release(self._writer)

@@ -376,24 +376,38 @@ def test_a_silent_stream_is_closed_and_a_speaking_one_is_not(enhancer: Enhancer)
         assert len(speaking.end()) == speaking.delay_samples
 
 
+def endless(taken: list[Request]) -> Iterator[Request]:
+    """What a caller sends who never stops to speak; taken: as much of it as was taken."""
+    yield Request(config=CONFIG)
+    while True:
+        taken.append(Request(audio=bytes(10_000)))
+        yield taken[-1]
+
+
 def test_a_caller_that_does_not_read_is_held_up_and_then_told(enhancer: Enhancer) -> None:
     """Its audio stops being taken after the queue and the transport's windows are full."""
-    taken = []
-
-    def speak_on() -> Iterator[Request]:
-        yield Request(config=CONFIG)
-        while True:
-            taken.append(Request(audio=bytes(10_000)))
-            yield taken[-1]
-
+    taken: list[Request] = []
     with serving(enhancer, stream_idle_seconds=1, stream_queue_seconds=0.5) as service:
-        call = service.stream(speak_on())
+        call = service.stream(endless(taken))
         service.wait_for('percepnet_streams_total{outcome="slow_reader"}', 1)
         service.wait_for("percepnet_streams_active", 0)
         assert len(taken) < 100
         with pytest.raises(grpc.RpcError, match="the answers were not read for 1 s"):
             list(call)
         assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_caller_that_was_cut_and_still_does_not_read_holds_nobody_up(enhancer: Enhancer) -> None:
+    choices = {"max_streams": 1, "stream_idle_seconds": 1, "shutdown_grace_seconds": TIMEOUT_SECONDS}
+    with serving(enhancer, **choices) as service:
+        unread = service.stream(endless([]))
+        service.wait_for('percepnet_streams_total{outcome="slow_reader"}', 1)
+        with service.client.stream(RATE) as stream:
+            assert len(stream.push(noise(160))) == 160
+            stream.end()
+        stopping = time.monotonic()
+    assert time.monotonic() - stopping < TIMEOUT_SECONDS / 2
+    assert not unread.is_active()
 
 
 def test_stopping_refuses_new_streams_and_lets_live_ones_end(enhancer: Enhancer) -> None:

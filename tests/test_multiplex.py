@@ -4,8 +4,10 @@ Invariant: a session gets what a stream of its own would get, whatever the other
 """
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import Any
 
@@ -218,6 +220,24 @@ def test_a_silent_session_ends_and_then_the_rpc(channel):
         next(call)
     assert told.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     requests.put(None)
+
+
+def test_a_caller_that_was_cut_and_still_does_not_read_does_not_hold_up_the_end(enhancer):
+    def speak_on() -> Iterator[Any]:
+        yield message((1, config(48_000)))
+        while True:
+            time.sleep(0.02)
+            yield message((1, {"audio": bytes(19_200)}))
+
+    choices = {"stream_idle_seconds": 1, "shutdown_grace_seconds": TIMEOUT_SECONDS}
+    with ExitStack() as after_the_server, running(enhancer, **choices) as server:
+        channel = after_the_server.enter_context(grpc.insecure_channel(f"127.0.0.1:{server.grpc.port}"))
+        call = opened(channel, speak_on())
+        assert next(call).sessions[0].response.HasField("started")
+        eventually(lambda: server.grpc._engine.active == 0, "the end of its session")
+        stopping = time.monotonic()
+    assert time.monotonic() - stopping < TIMEOUT_SECONDS / 2
+    assert not call.is_active()
 
 
 def test_a_session_that_runs_ahead_ends_alone(channel):
