@@ -97,8 +97,8 @@ class Enhancer:
     ) -> tuple[np.ndarray, Findings]:
         """Enhance whole frames of some streams, whose rows of the state go on in place.
 
-        samples: as for `process`; chosen: the rows, in the same order. Returns as many samples, and what was
-        found in the frames.
+        samples: as for `process`; state: contiguous; chosen: the rows, in the same order. Returns as many
+        samples, and what was found in the frames.
         """
         path = self._compiled_path if native.AVAILABLE else self._path
         return path(samples, state, chosen, FrameControls.of(controls))
@@ -117,7 +117,7 @@ class Enhancer:
     def _compiled_path(
         self, samples: np.ndarray, state: EnhancerState, chosen: rows.Rows, controls: FrameControls
     ) -> tuple[np.ndarray, Findings]:
-        manifest, numbers = self.model.manifest, np.arange(len(state.overlap))[chosen]
+        manifest, numbers = self.model.manifest, np.arange(len(state.overlap), dtype=np.int64)[chosen]
         analysis = native.analyze(
             samples, state.analysis, numbers, manifest.feature_mean, manifest.feature_scale
         )

@@ -22,11 +22,24 @@ from percepnet.synthesis import Controls
 MAX_LEVEL = 32_768.0
 """Louder samples (integers taken for floats) are clipped: energies must not overflow."""
 
+SILENT_LEVEL = 1e-10
+"""Softer samples, below -200 dB, are silent: their energies would be denormal numbers, which take a CPU so
+much longer that one stream of them would hold up all others."""
+
 BLOCK_FRAMES = 200
 """Frames enhanced at once in arrays and files, over all channels together; bounds the memory."""
 
 MAX_CHANNELS = 64
 """Of an array: more are samples, in an array whose axes are swapped."""
+
+
+def usable(samples: np.ndarray) -> np.ndarray:
+    """A float32 copy that no stage chokes on: what is not finite, or too soft, is silent."""
+    with np.errstate(over="ignore"):
+        copy = samples.astype(np.float32, order="C")
+    level = np.abs(copy)
+    copy[~((level >= SILENT_LEVEL) & (level < np.inf))] = 0
+    return np.clip(copy, -MAX_LEVEL, MAX_LEVEL, out=copy)
 
 
 class FrameAdapter:
@@ -106,7 +119,7 @@ class _Streams:
         """Take a chunk, return what is ready."""
         if self._ended:
             raise ParameterError("the stream was flushed and has ended; begin a new one")
-        frames = self._adapter.to_frames(_usable(samples))
+        frames = self._adapter.to_frames(usable(samples))
         if frames.shape[1]:
             frames, self._state = self._enhancer.process(frames, self._state, self._controls)
         ready = self._adapter.from_frames(frames)
@@ -342,11 +355,3 @@ def _floats(samples: np.ndarray) -> np.ndarray:
             "(divide 16-bit integers by 32768)"
         )
     return array
-
-
-def _usable(samples: np.ndarray) -> np.ndarray:
-    """A float32 copy that no stage chokes on: what is not finite is silent."""
-    with np.errstate(over="ignore"):
-        copy = samples.astype(np.float32, order="C")
-    copy[~np.isfinite(copy)] = 0
-    return np.clip(copy, -MAX_LEVEL, MAX_LEVEL, out=copy)

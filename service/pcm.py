@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from percepnet.stream import MAX_LEVEL
+from percepnet.stream import usable
 
 S16LE = np.dtype("<i2")
 F32LE = np.dtype("<f4")
@@ -11,12 +11,9 @@ _FULL_SCALE = np.float32(32_768)
 
 
 def decode(data: bytes, encoding: np.dtype) -> np.ndarray:
-    """Samples float32 (n,) that no stage chokes on: what is not finite is silent; data: whole samples."""
+    """Samples float32 (n,) that no stage chokes on; data: whole samples."""
     samples = np.frombuffer(data, encoding)
-    if encoding == S16LE:
-        return samples / _FULL_SCALE
-    finite = np.where(np.isfinite(samples), samples, np.float32(0))
-    return finite.clip(-MAX_LEVEL, MAX_LEVEL, out=finite)
+    return samples / _FULL_SCALE if encoding == S16LE else usable(samples)
 
 
 def encode(samples: np.ndarray, encoding: np.dtype) -> np.ndarray:

@@ -318,10 +318,10 @@ def test_samples_pass_through_the_wire_and_back(encoding):
     assert pcm.decode(pcm.encode(samples, encoding).tobytes(), encoding).tolist() == samples.tolist()
 
 
-def test_integers_saturate_and_what_is_not_finite_is_silent():
+def test_integers_saturate_and_what_is_not_finite_or_too_soft_is_silent():
     assert pcm.encode(np.float32([2, -2, 1]), pcm.S16LE).tolist() == [32_767, -32_768, 32_767]
-    data = np.float32([np.nan, np.inf, 1e9, -1e9]).tobytes()
-    assert pcm.decode(data, pcm.F32LE).tolist() == [0, 0, 32_768, -32_768]
+    data = np.float32([np.nan, np.inf, 1e9, -1e9, 1e-11, -1e-39]).tobytes()
+    assert pcm.decode(data, pcm.F32LE).tolist() == [0, 0, 32_768, -32_768, 0, 0]
 
 
 def test_a_stream_of_the_library_and_of_the_engine_are_one(engine, enhancer):

@@ -1,7 +1,6 @@
-"""The compiled signal path: numpy's results, for every generation of processors; refused arrays."""
+"""The compiled signal path: numpy's results; refused arrays."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,24 +35,13 @@ def manifest(enhancer: Enhancer) -> Manifest:
     return enhancer.model.manifest
 
 
-@pytest.fixture(params=native.GENERATIONS)
-def generation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The code of each generation, as far as this processor runs it."""
-    if native._path.use(request.param) != request.param:
-        native._path.use(native.CODE)
-        pytest.skip("this processor is older")
-    yield request.param
-    native._path.use(native.CODE)
-
-
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no GCC")
 def test_it_is_there_where_a_compiler_is() -> None:
     assert native.AVAILABLE
-    assert native.CODE in native.GENERATIONS
 
 
 @compiled
-def test_the_analysis_is_that_of_numpy(generation: str, manifest: Manifest) -> None:
+def test_the_analysis_is_that_of_numpy(manifest: Manifest) -> None:
     state = copy(STATE)
     found = native.analyze(SAMPLES, state, ROWS, manifest.feature_mean, manifest.feature_scale)
     expected, expected_state = analyze(SAMPLES, STATE)
@@ -71,7 +59,7 @@ def test_the_analysis_is_that_of_numpy(generation: str, manifest: Manifest) -> N
 
 @compiled
 @pytest.mark.parametrize("controls", ["steady", "moving", "of each stream"])
-def test_the_synthesis_is_that_of_numpy(generation: str, manifest: Manifest, controls: str) -> None:
+def test_the_synthesis_is_that_of_numpy(manifest: Manifest, controls: str) -> None:
     rng = np.random.default_rng(0)
     shape = (len(SAMPLES), N_FRAMES)
     gains, strengths = rng.random((2, *shape, 34), np.float32)
@@ -88,6 +76,16 @@ def test_the_synthesis_is_that_of_numpy(generation: str, manifest: Manifest, con
     expected, expected_overlap = synthesize(analyze(SAMPLES, STATE)[0], gains, strengths, before, chosen)
     assert reference.agreement_db(enhanced, expected) > 100
     np.testing.assert_allclose(overlap, expected_overlap, atol=1e-6)
+
+
+@compiled
+def test_a_state_that_is_not_finite_gives_a_period_all_the_same(manifest: Manifest) -> None:
+    state = AnalysisState.initial(2)
+    state.pitch.correlation[1] = np.inf
+    mean, scale = manifest.feature_mean, manifest.feature_scale
+    found = native.analyze(SAMPLES[:2], state, ROWS[:2], mean, scale)
+    assert (found.period >= 96).all()
+    assert (found.period <= 768).all()
 
 
 @compiled
@@ -133,15 +131,20 @@ def test_without_it_any_division_gives_the_same_bits(
 
 @compiled
 @pytest.mark.parametrize(
-    ("rows", "n_rows", "error"),
-    [([0, 2], 2, IndexError), ([-1, 0], 2, IndexError), ([0], 2, ValueError), ([], 2, ValueError)],
-    ids=["row beyond the state", "negative row", "other number of samples", "no stream"],
+    ("rows", "shape", "error"),
+    [
+        ([0, 2], (2, HOP), IndexError),
+        ([-1, 0], (2, HOP), IndexError),
+        ([0], (1, HOP + 1), ValueError),
+        ([0, 1], (4, HOP), ValueError),
+        ([], (0, HOP), ValueError),
+    ],
+    ids=["row beyond the state", "negative row", "part of a frame", "fewer rows than streams", "no stream"],
 )
 def test_memory_outside_an_array_is_never_touched(
-    manifest: Manifest, rows: list[int], n_rows: int, error: type[Exception]
+    manifest: Manifest, rows: list[int], shape: tuple[int, int], error: type[Exception]
 ) -> None:
-    samples = np.zeros((len(rows) or 1, HOP + 1 if len(rows) == 1 else HOP), np.float32)
-    state = AnalysisState.initial(n_rows)
+    samples, state = np.zeros(shape, np.float32), AnalysisState.initial(2)
     with pytest.raises(error):
         native.analyze(
             samples, state, np.array(rows, np.int64), manifest.feature_mean, manifest.feature_scale

@@ -3,7 +3,6 @@ from typing import Any
 import numpy as np
 
 def configure(tables: dict[str, np.ndarray], /) -> None: ...
-def use(generation: str, /) -> str: ...
 def analyze(
     rows: np.ndarray,
     hops: np.ndarray,
@@ -28,8 +27,6 @@ def synthesize(
     strengths: np.ndarray,
     wet: np.ndarray,
     sharpening: np.ndarray,
-    stream_step: int,
-    frame_step: int,
     overlap: np.ndarray,
     enhanced: np.ndarray,
     /,

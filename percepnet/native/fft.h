@@ -1,7 +1,7 @@
-/* Fourier transforms of sixteen signals at once: Stockham's, which need no reordering, with radices 2 to 5. */
+/* Fourier transforms of four signals at once: Stockham's, which need no reordering, with radices 2 to 5. */
 
 /* One pass: of the sum over the r parts of x, turned by the twiddles, into y. n = r·m points of stride s. */
-static void NAME(pass2)(const cell *x, cell *y, int m, int s, const complex_float *w)
+static void pass2(const cell *x, cell *y, int m, int s, const complex_float *w)
 {
     for (int p = 0; p < m; p++, w++)
         for (int q = 0; q < s; q++) {
@@ -16,7 +16,7 @@ static void NAME(pass2)(const cell *x, cell *y, int m, int s, const complex_floa
         }
 }
 
-static void NAME(pass3)(const cell *x, cell *y, int m, int s, const complex_float *w)
+static void pass3(const cell *x, cell *y, int m, int s, const complex_float *w)
 {
     const float sine = 0.86602540378443864676f;
     for (int p = 0; p < m; p++, w += 2)
@@ -37,7 +37,7 @@ static void NAME(pass3)(const cell *x, cell *y, int m, int s, const complex_floa
         }
 }
 
-static void NAME(pass4)(const cell *x, cell *y, int m, int s, const complex_float *w)
+static void pass4(const cell *x, cell *y, int m, int s, const complex_float *w)
 {
     for (int p = 0; p < m; p++, w += 3)
         for (int q = 0; q < s; q++) {
@@ -60,7 +60,7 @@ static void NAME(pass4)(const cell *x, cell *y, int m, int s, const complex_floa
         }
 }
 
-static void NAME(pass5)(const cell *x, cell *y, int m, int s, const complex_float *w)
+static void pass5(const cell *x, cell *y, int m, int s, const complex_float *w)
 {
     const float cos1 = 0.30901699437494742410f, cos2 = -0.80901699437494742410f;
     const float sin1 = 0.95105651629515357212f, sin2 = 0.58778525229247312917f;
@@ -87,17 +87,17 @@ static void NAME(pass5)(const cell *x, cell *y, int m, int s, const complex_floa
 }
 
 /* Complex transform of x, forward; y: as much room again. Returns the one of the two with the result. */
-static cell *NAME(fft)(const struct plan *plan, cell *x, cell *y)
+static cell *fft(const struct plan *plan, cell *x, cell *y)
 {
     const complex_float *w = plan->twiddles;
     int n = plan->size / 2, s = 1;
     for (const int *radix = plan->radices; *radix; radix++) {
         int m = n / *radix;
         switch (*radix) {
-        case 2: NAME(pass2)(x, y, m, s, w); break;
-        case 3: NAME(pass3)(x, y, m, s, w); break;
-        case 4: NAME(pass4)(x, y, m, s, w); break;
-        default: NAME(pass5)(x, y, m, s, w);
+        case 2: pass2(x, y, m, s, w); break;
+        case 3: pass3(x, y, m, s, w); break;
+        case 4: pass4(x, y, m, s, w); break;
+        default: pass5(x, y, m, s, w);
         }
         cell *result = y;
         y = x;
@@ -110,10 +110,10 @@ static cell *NAME(fft)(const struct plan *plan, cell *x, cell *y)
 }
 
 /* The first bins of real samples: x has plan->size of each signal, and so have the two of work. */
-static void NAME(rfft)(const struct plan *plan, cell *x, cell *work, cell *bins, int n_bins)
+static void rfft(const struct plan *plan, cell *x, cell *work, cell *bins, int n_bins)
 {
     int half = plan->size / 2;
-    const cell *z = NAME(fft)(plan, x, work);
+    const cell *z = fft(plan, x, work);
     for (int k = 0; k < n_bins; k++) {
         const cell *a = z + (k == half ? 0 : k), *b = z + (k ? half - k : 0);
         complex_float w = plan->half_turn[k];
@@ -125,7 +125,7 @@ static void NAME(rfft)(const struct plan *plan, cell *x, cell *work, cell *bins,
 
 /* Real samples, times plan->size, from size / 2 + 1 bins: a cell of the result has an odd one in its real part, and in
    its imaginary part the even one before. */
-static const cell *NAME(irfft)(const struct plan *plan, const cell *bins, cell *x, cell *work)
+static const cell *irfft(const struct plan *plan, const cell *bins, cell *x, cell *work)
 {
     int half = plan->size / 2;
     for (int k = 0; k < half; k++) {
@@ -136,5 +136,5 @@ static const cell *NAME(irfft)(const struct plan *plan, const cell *bins, cell *
         x[k].im = even_re - odd_im; /* swapped: the forward transform is then the inverse one */
         x[k].re = even_im + odd_re;
     }
-    return NAME(fft)(plan, x, work);
+    return fft(plan, x, work);
 }

@@ -9,7 +9,7 @@
 
 #include "tables.h"
 
-#define ALIGNMENT (4 * LANES)
+#define ALIGNMENT 64 /* a line of the cache; no vector needs more */
 
 static const char CAPSULE[] = "percepnet.spectra";
 
@@ -35,55 +35,15 @@ struct analysis {
 };
 
 struct synthesis {
-    int n_streams, n_frames, stream_step, frame_step;
+    int n_streams, n_frames;
     const long long *rows;
     const cell *spectra;
     const float *energy, *gains, *strengths, *wet, *sharpening;
     float *overlap, *enhanced;
 };
 
-/* The same code for several generations of processors: what runs is chosen by `choose`. */
-#define NAME(x) x##_baseline
 #include "fft.h"
 #include "path.h"
-#undef NAME
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define GENERATIONS
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-#define NAME(x) x##_v3
-#include "fft.h"
-#include "path.h"
-#undef NAME
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-#define NAME(x) x##_v4
-#include "fft.h"
-#include "path.h"
-#undef NAME
-#pragma GCC pop_options
-#endif
-
-static struct code {
-    const char *name;
-    void (*analyze)(const struct analysis *, struct work *);
-    void (*synthesize)(const struct synthesis *, struct work *);
-} code = {"baseline", analyze_baseline, synthesize_baseline};
-
-/* The code for a generation of processors by its name; that for any processor if this one is older. */
-static void choose(const char *name)
-{
-    code = (struct code){"baseline", analyze_baseline, synthesize_baseline};
-#ifdef GENERATIONS
-    __builtin_cpu_init();
-    if (!strcmp(name, "x86-64-v4") && __builtin_cpu_supports("x86-64-v4"))
-        code = (struct code){"x86-64-v4", analyze_v4, synthesize_v4};
-    else if (strcmp(name, "baseline") && __builtin_cpu_supports("x86-64-v3"))
-        code = (struct code){"x86-64-v3", analyze_v3, synthesize_v3};
-#endif
-}
 
 static void fill(struct plan *plan)
 {
@@ -116,7 +76,8 @@ static void *array(PyObject *object, Py_ssize_t n_bytes, int flags, Py_ssize_t *
     Py_ssize_t length = view.len;
     PyBuffer_Release(&view); /* the caller holds the array */
     if (n_bytes >= 0 ? length != n_bytes : length % -n_bytes) {
-        PyErr_Format(PyExc_ValueError, "an array of %zd bytes where %zd belong", length, n_bytes);
+        PyErr_Format(PyExc_ValueError, "an array of %zd bytes where %s%zd belong", length,
+                     n_bytes < 0 ? "a multiple of " : "", n_bytes < 0 ? -n_bytes : n_bytes);
         return NULL;
     }
     if (n_items)
@@ -172,12 +133,7 @@ static void free_spectra(PyObject *capsule)
     free(PyCapsule_GetPointer(capsule, CAPSULE));
 }
 
-/* The rows of a call, each within a state of n_rows. */
-static const long long *state_rows(PyObject *object, Py_ssize_t *n_streams)
-{
-    return array(object, -(Py_ssize_t)sizeof(long long), 0, n_streams);
-}
-
+/* Whether the rows of a call lie within a state. */
 static int within(const long long *rows, Py_ssize_t n_streams, Py_ssize_t n_rows)
 {
     for (Py_ssize_t i = 0; i < n_streams; i++)
@@ -202,8 +158,9 @@ static PyObject *py_analyze(PyObject *self, PyObject *const *args, Py_ssize_t n_
     Py_ssize_t n_streams, n_hops, n_rows;
     if (n_args != 13)
         return PyErr_Format(PyExc_TypeError, "%zd arguments where 13 belong", n_args);
-    if (!(a.rows = state_rows(args[0], &n_streams)))
+    if ((n_streams = PyObject_Size(args[1])) < 0)
         return NULL;
+    TAKE(a.rows, args[0], sizeof(long long) * n_streams, 0);
     if (!(a.hops = array(args[1], -(Py_ssize_t)sizeof(float) * HOP, 0, &n_hops)))
         return NULL;
     if (!n_streams || !n_hops || n_hops % n_streams || n_hops > 1 << 20)
@@ -239,30 +196,31 @@ static PyObject *py_analyze(PyObject *self, PyObject *const *args, Py_ssize_t n_
         return NULL;
     }
     if (n_hops < NO_GIL_FRAMES) {
-        code.analyze(&a, &work);
+        analyze(&a, &work);
     } else {
         Py_BEGIN_ALLOW_THREADS
-        code.analyze(&a, &work);
+        analyze(&a, &work);
         Py_END_ALLOW_THREADS
     }
     free(layout.memory);
     return capsule;
 }
 
-/* synthesize(rows, spectra, energy, gains, strengths, wet, sharpening, stream_step, frame_step, overlap, enhanced) */
+/* synthesize(rows, spectra, energy, gains, strengths, wet, sharpening, overlap, enhanced) */
 static PyObject *py_synthesize(PyObject *self, PyObject *const *args, Py_ssize_t n_args)
 {
     struct synthesis a = {0};
     struct work work = {0};
     struct layout layout = {0};
     Py_ssize_t n_streams, n_hops, n_rows;
-    if (n_args != 11)
-        return PyErr_Format(PyExc_TypeError, "%zd arguments where 11 belong", n_args);
-    if (!(a.rows = state_rows(args[0], &n_streams)))
+    if (n_args != 9)
+        return PyErr_Format(PyExc_TypeError, "%zd arguments where 9 belong", n_args);
+    if ((n_streams = PyObject_Size(args[8])) < 0)
         return NULL;
+    TAKE(a.rows, args[0], sizeof(long long) * n_streams, 0);
     if (!(a.spectra = PyCapsule_GetPointer(args[1], CAPSULE)))
         return NULL;
-    if (!(a.enhanced = array(args[10], -(Py_ssize_t)sizeof(float) * HOP, PyBUF_WRITABLE, &n_hops)))
+    if (!(a.enhanced = array(args[8], -(Py_ssize_t)sizeof(float) * HOP, PyBUF_WRITABLE, &n_hops)))
         return NULL;
     if (!n_streams || !n_hops || n_hops % n_streams || (Py_ssize_t)PyCapsule_GetContext(args[1]) != n_hops)
         return PyErr_Format(PyExc_ValueError, "%zd hops of %zd streams, other than were analysed", n_hops, n_streams);
@@ -272,20 +230,17 @@ static PyObject *py_synthesize(PyObject *self, PyObject *const *args, Py_ssize_t
     TAKE(a.strengths, args[4], job * N_BANDS, 0);
     a.n_streams = (int)n_streams;
     a.n_frames = (int)(n_hops / n_streams);
-    a.stream_step = (int)PyLong_AsLong(args[7]);
-    a.frame_step = (int)PyLong_AsLong(args[8]);
-    Py_ssize_t n_controls = 1 + (n_streams - 1) * a.stream_step + (Py_ssize_t)(a.n_frames - 1) * a.frame_step;
-    TAKE(a.wet, args[5], sizeof(float) * n_controls, 0);
-    TAKE(a.sharpening, args[6], sizeof(float) * n_controls, 0);
-    if (!(a.overlap = array(args[9], -(Py_ssize_t)sizeof(float) * HOP, PyBUF_WRITABLE, &n_rows)))
+    TAKE(a.wet, args[5], job, 0);
+    TAKE(a.sharpening, args[6], job, 0);
+    if (!(a.overlap = array(args[7], -(Py_ssize_t)sizeof(float) * HOP, PyBUF_WRITABLE, &n_rows)))
         return NULL;
     if (!within(a.rows, n_streams, n_rows) || begin(&work, &layout, a.n_streams, a.n_frames, 0))
         return NULL;
     if (n_hops < NO_GIL_FRAMES) {
-        code.synthesize(&a, &work);
+        synthesize(&a, &work);
     } else {
         Py_BEGIN_ALLOW_THREADS
-        code.synthesize(&a, &work);
+        synthesize(&a, &work);
         Py_END_ALLOW_THREADS
     }
     free(layout.memory);
@@ -323,20 +278,8 @@ static PyObject *py_configure(PyObject *self, PyObject *named)
     Py_RETURN_NONE;
 }
 
-/* use(name): work with the code for this generation of processors, or the newest one before it that this processor
-   can run; returns the name of that. */
-static PyObject *py_use(PyObject *self, PyObject *name)
-{
-    const char *text = PyUnicode_AsUTF8(name);
-    if (!text)
-        return NULL;
-    choose(text);
-    return PyUnicode_FromString(code.name);
-}
-
 static PyMethodDef methods[] = {
     {"configure", (PyCFunction)py_configure, METH_O, NULL},
-    {"use", (PyCFunction)py_use, METH_O, NULL},
     {"analyze", (PyCFunction)(void (*)(void))py_analyze, METH_FASTCALL, NULL},
     {"synthesize", (PyCFunction)(void (*)(void))py_synthesize, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},

@@ -1,30 +1,29 @@
 /* The two halves of the signal path: `analysis.py`, `pitch.py`, `comb.py` and `features.py`; `synthesis.py`. */
 
-/* Swap the rows and columns of sixteen vectors: four times, each half is dealt out between the other. */
-static inline void NAME(transpose)(lanes *square)
+/* Swap the rows and columns of four vectors: twice, each half is dealt out between the other. */
+static inline void transpose(lanes *square)
 {
-    lanes dealt[LANES];
-    for (int round = 0; round < 2; round++) {
-        for (int i = 0; i < LANES / 2; i++) {
-            dealt[2 * i] = ZIP_LOW(square[i], square[i + LANES / 2]);
-            dealt[2 * i + 1] = ZIP_HIGH(square[i], square[i + LANES / 2]);
-        }
-        for (int i = 0; i < LANES / 2; i++) {
-            square[2 * i] = ZIP_LOW(dealt[i], dealt[i + LANES / 2]);
-            square[2 * i + 1] = ZIP_HIGH(dealt[i], dealt[i + LANES / 2]);
-        }
-    }
+    lanes dealt[LANES] = {
+        ZIP_LOW(square[0], square[2]),
+        ZIP_HIGH(square[0], square[2]),
+        ZIP_LOW(square[1], square[3]),
+        ZIP_HIGH(square[1], square[3]),
+    };
+    square[0] = ZIP_LOW(dealt[0], dealt[2]);
+    square[1] = ZIP_HIGH(dealt[0], dealt[2]);
+    square[2] = ZIP_LOW(dealt[1], dealt[3]);
+    square[3] = ZIP_HIGH(dealt[1], dealt[3]);
 }
 
 /* Put in[l][i] into row i, lane l. */
-static void NAME(spread)(const float *const in[LANES], int n, lanes *rows)
+static void spread(const float *const in[LANES], int n, lanes *rows)
 {
     int whole = n / LANES * LANES;
     for (int begin = 0; begin < whole; begin += LANES) {
         lanes square[LANES];
         for (int lane = 0; lane < LANES; lane++)
             memcpy(square + lane, in[lane] + begin, sizeof *square);
-        NAME(transpose)(square);
+        transpose(square);
         for (int i = 0; i < LANES; i++)
             rows[begin + i] = square[i];
     }
@@ -34,14 +33,14 @@ static void NAME(spread)(const float *const in[LANES], int n, lanes *rows)
 }
 
 /* Put row i, lane l into out[l][i], for the lanes in use. */
-static void NAME(collect)(const lanes *rows, int n, int used, float *const out[LANES])
+static void collect(const lanes *rows, int n, int used, float *const out[LANES])
 {
     int whole = n / LANES * LANES;
     for (int begin = 0; begin < whole; begin += LANES) {
         lanes square[LANES];
         for (int i = 0; i < LANES; i++)
             square[i] = rows[begin + i];
-        NAME(transpose)(square);
+        transpose(square);
         for (int lane = 0; lane < used; lane++)
             memcpy(out[lane] + begin, square + lane, sizeof *square);
     }
@@ -50,52 +49,52 @@ static void NAME(collect)(const lanes *rows, int n, int used, float *const out[L
             out[lane][i] = rows[i][lane];
 }
 
-static inline void NAME(weight)(lanes *rows, const float *weights, int n)
+static inline void weight(lanes *rows, const float *weights, int n)
 {
     for (int i = 0; i < n; i++)
         rows[i] *= weights[i];
 }
 
-static lanes NAME(root)(lanes x)
+static lanes root(lanes x)
 {
     for (int lane = 0; lane < LANES; lane++)
         x[lane] = sqrtf(x[lane]);
     return x;
 }
 
-static lanes NAME(clamp)(lanes x)
+static lanes clamp(lanes x)
 {
     for (int lane = 0; lane < LANES; lane++)
         x[lane] = x[lane] > 0 ? (x[lane] < 1 ? x[lane] : 1) : 0;
     return x;
 }
 
-/* Normalized correlations of sixteen passages at every lag. */
-static void NAME(correlate)(const float *const passages[LANES], int used, float *const out[LANES], struct work *work)
+/* Normalized correlations of four passages at every lag. */
+static void correlate(const float *const passages[LANES], int used, float *const out[LANES], struct work *work)
 {
     lanes *rows = (lanes *)work->x;
-    NAME(spread)(passages, PASSAGE, rows);
-    NAME(weight)(rows, tables.passage_window, PASSAGE);
+    spread(passages, PASSAGE, rows);
+    weight(rows, tables.passage_window, PASSAGE);
     memset(rows + PASSAGE, 0, sizeof *rows * (PITCH_TRANSFORM - PASSAGE));
-    NAME(rfft)(&plan_passage, work->x, work->y, work->bins, N_PITCH_BINS);
+    rfft(&plan_passage, work->x, work->y, work->bins, N_PITCH_BINS);
     lanes *magnitude = (lanes *)work->x; /* real and even: half of it is mirrored */
     for (int k = 0; k < N_PITCH_BINS; k++) {
         cell bin = work->bins[k];
-        magnitude[k] = NAME(root)(bin.re * bin.re + bin.im * bin.im) * tables.low_pass[k];
+        magnitude[k] = root(bin.re * bin.re + bin.im * bin.im) * tables.low_pass[k];
     }
     for (int k = N_PITCH_BINS; k < N_LAG_POINTS; k++)
         magnitude[k] = magnitude[N_LAG_POINTS - k];
-    NAME(rfft)(&plan_lags, work->x, work->y, work->bins, FIRST_LAG - 1 + N_LAGS);
+    rfft(&plan_lags, work->x, work->y, work->bins, FIRST_LAG - 1 + N_LAGS);
     const float scale = 1.0f / N_LAG_POINTS;
     lanes energy = work->bins[0].re * scale + tables.silence[0];
     lanes *correlation = (lanes *)work->x;
     for (int i = 0; i < N_LAGS; i++)
         correlation[i] = work->bins[FIRST_LAG - 1 + i].re * scale / (energy * tables.window_correlation[i]);
-    NAME(collect)(correlation, N_LAGS, used, out);
+    collect(correlation, N_LAGS, used, out);
 }
 
 /* One Viterbi step: the best way to each period, plus its own score; 0 for the best. */
-static void NAME(advance)(const float *scores, const float *correlation, float *next)
+static void advance(const float *scores, const float *correlation, float *next)
 {
     const float *position = tables.position;
     float best = -INFINITY, rising = -INFINITY, falling = -INFINITY;
@@ -120,7 +119,7 @@ static void NAME(advance)(const float *scores, const float *correlation, float *
 }
 
 /* The period of the frame before, now that the scores of this one are known. */
-static int NAME(decide)(const float *before, const float *scores)
+static int decide(const float *before, const float *scores)
 {
     int last = 0, best = 0;
     for (int i = 1; i < N_PERIODS; i++)
@@ -138,7 +137,7 @@ static int NAME(decide)(const float *before, const float *scores)
 }
 
 /* A parabola around the chosen lag: the period to one sample, and the correlation there. */
-static long long NAME(refine)(const float *correlation, int index, float *strength)
+static long long refine(const float *correlation, int index, float *strength)
 {
     float left = correlation[index], centre = correlation[index + 1], right = correlation[index + 2];
     float curvature = left - 2 * centre + right, slope = (left - right) / 2;
@@ -147,11 +146,11 @@ static long long NAME(refine)(const float *correlation, int index, float *streng
     float peak = centre - slope * shift / 2;
     *strength = peak < 0 ? 0 : peak > 1 ? 1 : peak;
     float period = rintf((float)((FIRST_LAG + index) * DECIMATION) + DECIMATION * shift);
-    return period < MIN_PERIOD ? MIN_PERIOD : period > MAX_PERIOD ? MAX_PERIOD : (long long)period;
+    return !(period > MIN_PERIOD) ? MIN_PERIOD : period > MAX_PERIOD ? MAX_PERIOD : (long long)period; /* nor NaN */
 }
 
 /* The comb filter: a mean over neighbouring periods. */
-static void NAME(comb)(const float *window, long long period, float *out)
+static void comb(const float *window, long long period, float *out)
 {
     const float *weights = tables.comb_weights + period * N_TAPS;
     const long long *offsets = tables.comb_offsets + period * N_TAPS;
@@ -166,7 +165,7 @@ static void NAME(comb)(const float *window, long long period, float *out)
 }
 
 /* Add the energy of a bin to the two bands that it lies between. */
-static inline void NAME(add_to_bands)(lanes *bands, int k, lanes value)
+static inline void add_to_bands(lanes *bands, int k, lanes value)
 {
     lanes upper = value * tables.towards_next[k];
     bands[tables.band_below[k]] += value - upper;
@@ -174,14 +173,14 @@ static inline void NAME(add_to_bands)(lanes *bands, int k, lanes value)
 }
 
 /* A value of every bin between those of its two bands. */
-static inline lanes NAME(at_bin)(const lanes *bands, int k)
+static inline lanes at_bin(const lanes *bands, int k)
 {
     const lanes *below = bands + tables.band_below[k];
     return below[0] + (below[1] - below[0]) * tables.towards_next[k];
 }
 
 /* Analyse frames of many streams; see `native.analyze`. */
-static void NAME(analyze)(const struct analysis *a, struct work *work)
+static void analyze(const struct analysis *a, struct work *work)
 {
     int n_frames = a->n_frames, n_jobs = a->n_streams * n_frames;
     size_t n_heard = HISTORY + (size_t)n_frames * HOP;
@@ -203,7 +202,7 @@ static void NAME(analyze)(const struct analysis *a, struct work *work)
             in[lane] = work->heard + s * n_heard + HISTORY + HOP - PASSAGE + f * HOP;
             out[lane] = work->correlations + (size_t)job * N_LAGS;
         }
-        NAME(correlate)(in, used, out, work);
+        correlate(in, used, out, work);
     }
 
     for (int s = 0; s < a->n_streams; s++) {
@@ -212,9 +211,9 @@ static void NAME(analyze)(const struct analysis *a, struct work *work)
             int job = s * n_frames + f;
             const float *correlation = work->correlations + (size_t)job * N_LAGS;
             float next[N_PERIODS];
-            NAME(advance)(scores, correlation, next);
-            int index = NAME(decide)(scores, next);
-            a->period[job] = NAME(refine)(f ? correlation - N_LAGS : last, index, a->strength + job);
+            advance(scores, correlation, next);
+            int index = decide(scores, next);
+            a->period[job] = refine(f ? correlation - N_LAGS : last, index, a->strength + job);
             memcpy(scores, next, sizeof next);
         }
         memcpy(last, work->correlations + ((size_t)(s + 1) * n_frames - 1) * N_LAGS, sizeof(float) * N_LAGS);
@@ -227,16 +226,16 @@ static void NAME(analyze)(const struct analysis *a, struct work *work)
             in[lane] = work->heard + s * n_heard + HISTORY - HOP + f * HOP;
             out[lane] = (float *)(work->spectra + (size_t)job * N_BINS);
         }
-        NAME(spread)(in, WINDOW, (lanes *)work->x);
-        NAME(weight)((lanes *)work->x, tables.window, WINDOW);
-        NAME(rfft)(&plan_window, work->x, work->y, work->bins, N_BINS);
-        NAME(collect)((lanes *)work->bins, 2 * N_BINS, used, out);
+        spread(in, WINDOW, (lanes *)work->x);
+        weight((lanes *)work->x, tables.window, WINDOW);
+        rfft(&plan_window, work->x, work->y, work->bins, N_BINS);
+        collect((lanes *)work->bins, 2 * N_BINS, used, out);
         lanes energy[N_BANDS] = {{0}};
         for (int k = 0; k < N_BINS; k++)
-            NAME(add_to_bands)(energy, k, work->bins[k].re * work->bins[k].re + work->bins[k].im * work->bins[k].im);
+            add_to_bands(energy, k, work->bins[k].re * work->bins[k].re + work->bins[k].im * work->bins[k].im);
         for (int lane = 0; lane < used; lane++)
             out[lane] = work->energies + (size_t)(first + lane) * N_BANDS;
-        NAME(collect)(energy, N_BANDS, used, out);
+        collect(energy, N_BANDS, used, out);
     }
 
     for (int first = 0; first < n_jobs; first += LANES) { /* the windows two frames ago: combed, compared */
@@ -248,24 +247,24 @@ static void NAME(analyze)(const struct analysis *a, struct work *work)
             int is_new = f >= LOOKAHEAD_FRAMES;
             size_t now = job - LOOKAHEAD_FRAMES, old = a->rows[s] * LOOKAHEAD_FRAMES + f;
             if (lane < used)
-                NAME(comb)(work->heard + s * n_heard + REACH + f * HOP, a->period[job], work->combed[lane]);
+                comb(work->heard + s * n_heard + REACH + f * HOP, a->period[job], work->combed[lane]);
             in[lane] = work->combed[lane < used ? lane : 0];
             spectra[lane] = &(is_new ? work->spectra + now * N_BINS : a->old_spectra + old * N_BINS)->re;
             energies[lane] = is_new ? work->energies + now * N_BANDS : a->old_energies + old * N_BANDS;
         }
-        NAME(spread)(in, WINDOW, (lanes *)work->x);
-        NAME(weight)((lanes *)work->x, tables.window, WINDOW);
-        NAME(rfft)(&plan_window, work->x, work->y, combed, N_BINS);
-        NAME(spread)(spectra, 2 * N_BINS, (lanes *)noisy);
+        spread(in, WINDOW, (lanes *)work->x);
+        weight((lanes *)work->x, tables.window, WINDOW);
+        rfft(&plan_window, work->x, work->y, combed, N_BINS);
+        spread(spectra, 2 * N_BINS, (lanes *)noisy);
         lanes energy[N_BANDS], combed_energy[N_BANDS] = {{0}}, coherence[N_BANDS] = {{0}};
-        NAME(spread)(energies, N_BANDS, energy);
+        spread(energies, N_BANDS, energy);
         for (int k = 0; k < N_BINS; k++) {
             cell x = noisy[k], p = combed[k];
-            NAME(add_to_bands)(combed_energy, k, p.re * p.re + p.im * p.im);
-            NAME(add_to_bands)(coherence, k, p.re * x.re + p.im * x.im);
+            add_to_bands(combed_energy, k, p.re * p.re + p.im * p.im);
+            add_to_bands(coherence, k, p.re * x.re + p.im * x.im);
         }
         for (int b = 0; b < N_BANDS; b++)
-            coherence[b] = NAME(clamp)(coherence[b] / (NAME(root)(combed_energy[b] * energy[b]) + 1e-12f));
+            coherence[b] = clamp(coherence[b] / (root(combed_energy[b] * energy[b]) + 1e-12f));
         for (int lane = 0; lane < used; lane++) {
             int job = first + lane;
             float *features = a->features + (size_t)job * N_FEATURES;
@@ -297,7 +296,7 @@ static void NAME(analyze)(const struct analysis *a, struct work *work)
 }
 
 /* Sharpen the gains of a frame as `postfilter.sharpen` does; gains, energy: (34). */
-static void NAME(sharpen)(float *gains, const float *energy, float share)
+static void sharpen(float *gains, const float *energy, float share)
 {
     float warped[N_BANDS], plain_energy = 1e-20f, warped_energy = 1e-20f;
     for (int b = 0; b < N_BANDS; b++) {
@@ -313,7 +312,7 @@ static void NAME(sharpen)(float *gains, const float *energy, float share)
 }
 
 /* From gains and strengths to samples; see `native.synthesize`. */
-static void NAME(synthesize)(const struct synthesis *a, struct work *work)
+static void synthesize(const struct synthesis *a, struct work *work)
 {
     int n_frames = a->n_frames, n_jobs = a->n_streams * n_frames;
     for (int first = 0; first < n_jobs; first += LANES) {
@@ -323,39 +322,39 @@ static void NAME(synthesize)(const struct synthesis *a, struct work *work)
         const float *in[LANES];
         float *out[LANES];
         for (int lane = 0; lane < LANES; lane++) {
-            int job = first + (lane < used ? lane : 0), s = job / n_frames, f = job % n_frames;
+            int job = first + (lane < used ? lane : 0);
             const float *measured = a->energy + (size_t)job * N_BANDS;
-            float *chosen = work->combed[lane], share = a->sharpening[s * a->stream_step + f * a->frame_step];
+            float *chosen = work->combed[lane], share = a->sharpening[job];
             memcpy(chosen, a->gains + (size_t)job * N_BANDS, sizeof(float) * N_BANDS);
             if (share > 0 && lane < used)
-                NAME(sharpen)(chosen, measured, share);
-            wet[lane] = a->wet[s * a->stream_step + f * a->frame_step];
+                sharpen(chosen, measured, share);
+            wet[lane] = a->wet[job];
             in[lane] = chosen;
         }
-        NAME(spread)(in, N_BANDS, gains);
+        spread(in, N_BANDS, gains);
         for (int lane = 0; lane < LANES; lane++)
             in[lane] = a->strengths + (size_t)(first + (lane < used ? lane : 0)) * N_BANDS;
-        NAME(spread)(in, N_BANDS, strengths);
+        spread(in, N_BANDS, strengths);
         for (int lane = 0; lane < LANES; lane++)
             in[lane] = a->energy + (size_t)(first + (lane < used ? lane : 0)) * N_BANDS;
-        NAME(spread)(in, N_BANDS, energy);
+        spread(in, N_BANDS, energy);
 
         cell *mixed = work->bins;
         for (int k = 0; k < N_BINS; k++) {
             cell x = noisy[k], p = combed[k];
-            lanes strength = NAME(at_bin)(strengths, k);
+            lanes strength = at_bin(strengths, k);
             mixed[k].re = x.re + strength * (p.re - x.re);
             mixed[k].im = x.im + strength * (p.im - x.im);
-            NAME(add_to_bands)(mixed_energy, k, mixed[k].re * mixed[k].re + mixed[k].im * mixed[k].im);
+            add_to_bands(mixed_energy, k, mixed[k].re * mixed[k].re + mixed[k].im * mixed[k].im);
         }
         for (int b = 0; b < N_BANDS; b++)
-            gains[b] *= NAME(root)((energy[b] + 1e-12f) / (mixed_energy[b] + 1e-12f)) * wet;
+            gains[b] *= root((energy[b] + 1e-12f) / (mixed_energy[b] + 1e-12f)) * wet;
         for (int k = 0; k < N_BINS; k++) {
-            lanes gain = NAME(at_bin)(gains, k);
+            lanes gain = at_bin(gains, k);
             mixed[k].re = gain * mixed[k].re + (1 - wet) * noisy[k].re;
             mixed[k].im = gain * mixed[k].im + (1 - wet) * noisy[k].im;
         }
-        const cell *pairs = NAME(irfft)(&plan_window, mixed, work->x, work->y);
+        const cell *pairs = irfft(&plan_window, mixed, work->x, work->y);
         lanes *samples = (lanes *)work->bins;
         for (int i = 0; i < WINDOW / 2; i++) {
             samples[2 * i] = pairs[i].im * (tables.window[2 * i] / WINDOW);
@@ -363,7 +362,7 @@ static void NAME(synthesize)(const struct synthesis *a, struct work *work)
         }
         for (int lane = 0; lane < used; lane++)
             out[lane] = work->frames + (size_t)(first + lane) * WINDOW;
-        NAME(collect)(samples, WINDOW, used, out);
+        collect(samples, WINDOW, used, out);
     }
     for (int s = 0; s < a->n_streams; s++) {
         float *overlap = a->overlap + a->rows[s] * HOP;

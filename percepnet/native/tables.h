@@ -1,8 +1,5 @@
 /* Sizes and tables of the signal path. Those that Python computes are handed over once, by `configure`. */
 
-#ifndef TABLES_H
-#define TABLES_H
-
 #include "lanes.h"
 
 enum {
@@ -59,5 +56,3 @@ static struct {
     float energy_floor[1];
     float postfilter_beta[1];
 } tables;
-
-#endif
