@@ -23,6 +23,7 @@ from percepnet.errors import ParameterError, SnapshotError
 from percepnet.stream import FrameAdapter
 from percepnet.synthesis import Controls, FrameControls
 from service import pcm
+from service.arrivals import Arrivals
 from service.cpu import CpuStages, MeteredModel
 from service.errors import BusyError, CrowdedError
 from service.metrics import Metrics
@@ -200,7 +201,12 @@ class Session:
         return answer
 
     def push(self, samples: np.ndarray, now: float) -> None:
-        """Take the samples of one message, float32 (n,); not while a flush is under way."""
+        """Take the samples of one message, float32 (n,); not while a flush is under way.
+
+        now: when they are taken; they may have come before.
+        """
+        if not self._is_ahead:  # whose next message nobody can expect
+            now = self._engine.arrivals.came(self._paced + PACE_SECONDS, now)
         self.n_samples += len(samples)
         self._n_heard += len(samples)
         due = max(0, self._n_heard - self._lead_in)
@@ -407,6 +413,7 @@ class Engine:
         self._room = Room(capacity) if isinstance(capacity, int) else capacity
         n_rows = self._room.most_streams
         self.cpu: CpuStages = metrics.cpu
+        self.arrivals = Arrivals()
         self.on_work: Callable[[], None] = lambda: None
         self.quiet = threading.Event()
         """Set while no frames wait; files have the CPU then."""

@@ -143,7 +143,8 @@ class Metrics:
         )
         self.stream_latency = Histogram(
             "percepnet_stream_latency_seconds",
-            "From the arrival of the last sample that an answer needs to the answer's being written.",
+            "From when the last sample that an answer needs came, be it to a process that stood still, to "
+            "when the answer goes to the transport.",
             buckets=_LATENCY_SECONDS,
             registry=self.registry,
         )

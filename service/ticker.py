@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from service.arrivals import LOOK_SECONDS
 from service.engine import Engine
 
 AIM_SECONDS = 0.007
@@ -60,24 +61,39 @@ class Ticker:
         self._give_way = give_way
         self._work = asyncio.Event()
         self._busy_seconds = AIM_SECONDS / 2  # that beats lately took
+        self._next_look: asyncio.TimerHandle | None = None
         engine.on_work = self._work.set
         self._task = asyncio.create_task(self._run())
 
     def close(self) -> None:
         """Run no further round."""
         self._task.cancel()
+        self._stop_looking()
 
     async def _run(self) -> None:
         while True:
             self._work.clear()
+            self._look()
             await self._work.wait()
+            self._stop_looking()
             while await self._beat():
                 pass
+
+    def _look(self) -> None:
+        """Between beats, tell the engine now and then that the loop turns, while there are streams."""
+        self._engine.arrivals.looked(self._clock(), rests=True)
+        if self._engine.active:
+            self._next_look = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
+
+    def _stop_looking(self) -> None:
+        if self._next_look is not None:
+            self._next_look.cancel()
 
     async def _beat(self) -> bool:
         """Whether there was work."""
         begun = self._clock()
         await self._take()
+        self._engine.arrivals.looked(self._clock())
         if not self._engine.has_work:
             return False
         self._engine.run_round(self._clock())

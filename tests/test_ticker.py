@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from service.arrivals import Arrivals
 from service.engine import DEADLINE_SECONDS
 from service.ticker import Ticker
 
@@ -22,6 +23,7 @@ class Simulation:
     def __init__(self, messages: list[tuple[float, int]], n_apart: int) -> None:
         self.active = len({stream for _, stream in messages})
         self.n_apart = n_apart
+        self.arrivals = Arrivals()
         self.now = 0.0
         self.slept: list[tuple[float, int]] = []  # and how many frames waited
         self.latencies: list[float] = []
