@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -25,6 +27,8 @@ from conftest import export_random_model
 from prometheus_client.parser import text_string_to_metric_families
 from running import TIMEOUT_SECONDS, eventually
 
+from percepnet.enhancer import Enhancer
+from percepnet.stream import enhance
 from service.client import AsyncClient, Client
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
@@ -248,6 +252,42 @@ def test_a_killed_worker_costs_its_streams_only_and_is_replaced(service: Service
     service.wait_for("percepnet_streams_active", 0)
     for channel in channels:
         channel.close()
+
+
+def test_a_worker_killed_amid_speech_costs_no_caller_a_sample(service: Service, enhancer: Enhancer) -> None:
+    """Six speak without a pause, a second ahead of the answers, until a second after the kill."""
+    killed = threading.Event()
+    sent, heard = ([[] for _ in range(6)] for _ in range(2))
+    noise = 0.1 * np.random.default_rng(0).standard_normal((50, RATE // 50)).astype(np.float32)
+
+    def speech(i: int) -> Iterator[np.ndarray]:
+        n_after = 0
+        while n_after < len(noise):
+            n_after += killed.is_set()
+            sent[i].append(noise[len(sent[i]) % len(noise)])
+            yield sent[i][-1]
+
+    def call(client: Client, i: int) -> int:
+        stream = client.stream(RATE, compensate_delay=True, never_dry=True)
+        for samples in stream.pipe(speech(i)):
+            heard[i].append(samples)
+        return stream.reconnections
+
+    with ThreadPoolExecutor(6) as callers, Client(service.target, patience_seconds=TIMEOUT_SECONDS) as client:
+        calls = [callers.submit(call, client, i) for i in range(6)]
+        eventually(lambda: min(map(len, heard)) > 10, "answers to all")
+        service.workers[0].kill()
+        killed.set()
+        reconnections = [call.result(TIMEOUT_SECONDS) for call in calls]
+    assert 2 <= sum(map(bool, reconnections)) <= 4
+    for i, n_lost in enumerate(reconnections):
+        clean = np.concatenate(heard[i])
+        expected = enhance(np.concatenate(sent[i]), RATE, enhancer=enhancer)
+        assert len(clean) == len(expected)
+        if not n_lost:
+            np.testing.assert_array_equal(clean, expected)
+    service.wait_for("percepnet_workers", 2)
+    service.wait_for("percepnet_streams_active", 0)
 
 
 @pytest.fixture(scope="module")
