@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 
@@ -25,7 +26,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: int) -> None:
-    """Send every log line of this process, the server's own included, to standard error as JSON."""
+    """Send every log line of this process, the server's own included, to standard error as JSON.
+
+    gRPC, if it is loaded later, stays silent unless `GRPC_VERBOSITY` is set: its lines are no JSON, and any
+    caller could fill the log with failed handshakes.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import time
+from dataclasses import replace
 from itertools import cycle
 from signal import SIG_DFL, SIGINT, SIGTERM, raise_signal, signal
 from socket import socket
@@ -75,6 +76,9 @@ class Server(uvicorn.Server):
         except RuntimeError as error:
             logs.logger.error("cannot listen for gRPC, --grpc-listen chooses another port: %s", error)
             raise SystemExit(1) from error
+        if self._until is None:  # a supervisor tells it of all workers
+            listen = replace(self._settings.grpc_listen, port=self.grpc.port)
+            logs.logger.info("gRPC listens on %s", listen)
         cores.go_first()  # gRPC has its threads by now
         try:
             await super().startup(sockets)

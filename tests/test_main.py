@@ -4,15 +4,17 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import trustme
 from conftest import export_random_model
 from websockets.sync.client import connect
 
@@ -91,6 +93,23 @@ def test_the_service_starts_answers_and_stops_on_sigterm(tmp_path: Path) -> None
     assert process.returncode == -signal.SIGTERM
     assert lines[0] == {**lines[0], "level": "warning", "message": "no such setting: PERCEPNET_MODLE"}
     assert any("shutdown complete" in line["message"] for line in lines)
+
+
+def test_garbage_from_callers_leaves_every_line_of_the_log_json(tmp_path: Path) -> None:
+    certificate = trustme.CA().issue_cert("localhost")
+    files = {"PERCEPNET_TLS_CERT": tmp_path / "cert.pem", "PERCEPNET_TLS_KEY": tmp_path / "key.pem"}
+    certificate.cert_chain_pems[0].write_to_path(files["PERCEPNET_TLS_CERT"])
+    certificate.private_key_pem.write_to_path(files["PERCEPNET_TLS_KEY"])
+    paths = {name: str(path) for name, path in files.items()}
+    with started(SERVE, tmp_path, **paths) as (process, lines):  # it reads them all as JSON
+        told = next(line["message"] for line in lines if "gRPC" in line["message"])
+        grpc_port = int(told.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", grpc_port), timeout=100) as caller:
+            caller.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+            with suppress(ConnectionError):
+                while caller.recv(4096):
+                    pass
+        process.send_signal(signal.SIGTERM)
 
 
 def test_the_second_ctrl_c_ends_the_service_though_a_stream_is_open(tmp_path: Path) -> None:
