@@ -651,6 +651,20 @@ def test_a_file_for_tls_that_cannot_be_read_is_told() -> None:
         Client("calls:50051", tls=Tls("none.pem"))
 
 
+def test_files_that_are_no_certificates_and_keys_are_told(certificates: dict[str, Path]) -> None:
+    trust, certificate, key = (certificates[name] for name in ("authority", "client", "client_key"))
+    for tls, told in (
+        (Tls(trust, certificate), "the key is missing"),
+        (Tls(key=key), "the certificate is missing"),
+        (Tls(key), f"there must be certificates in {key}"),
+        (Tls(trust, key, key), f"there must be a certificate and its key, .* in {key} and {key}"),
+        (Tls(trust, certificate, certificates["server_key"]), "there must be a certificate and its key"),
+    ):
+        for kind in (Client, AsyncClient):
+            with pytest.raises(ParameterError, match=told):
+                kind("calls:50051", tls=tls)
+
+
 def test_keys_and_certificates_open_the_door(enhancer: Enhancer, certificates: dict[str, Path]) -> None:
     """The pods are reached by number, and their certificate bears the service's name."""
     choices = {

@@ -71,6 +71,9 @@ def test_the_output_is_that_of_enhancing_the_file(
         (["many.wav", "out.wav"], 1, "all 4 live streams of this server are taken (RESOURCE_EXHAUSTED)"),
         (["cut.wav", "out.wav"], 1, "sample 100"),
         (["a.wav", "out.wav", "--root-certificates", "none.pem"], 2, "none.pem: No such file"),
+        (["a.wav", "out.wav", "--certificate", "a.wav"], 2, "the key is missing"),
+        (["a.wav", "out.wav", "--key", "a.wav"], 2, "the certificate is missing"),
+        (["a.wav", "out.wav", "--root-certificates", "a.wav"], 2, "there must be certificates in a.wav"),
     ],
 )
 def test_mistakes_are_told_in_one_line(folder, target, capsys, monkeypatch, arguments, status, message):

@@ -85,7 +85,7 @@ class BaseClient(ABC, Generic[Channel, Stream]):
     longest time without a server, when a stream is opened or its connection lost, before the error is raised;
     full servers are asked again when they said.
     timeout_seconds: longest time for a unary call. resolver: looks the name up, and may block.
-    Raises ParameterError for a target of another form, and for files that cannot be read.
+    Raises ParameterError for a target of another form, and for files that cannot be used.
     """
 
     _maker: ClassVar[Any]

@@ -6,6 +6,7 @@ its streams evenly, leaves a full or a dead one alone for a while, and looks the
 
 import random
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -54,7 +55,10 @@ class Tls:
     key: str | Path | None = None
 
     def credentials(self) -> Any:
-        """For gRPC; raises ParameterError for a file that cannot be read."""
+        """For gRPC; raises ParameterError for half of a pair, and for files that cannot be used."""
+        if (self.certificate is None) != (self.key is None):
+            missing = "key" if self.key is None else "certificate"
+            raise ParameterError(f"mTLS takes a certificate and its key; the {missing} is missing")
         try:
             roots, key, certificate = (
                 None if path is None else Path(path).read_bytes()
@@ -62,6 +66,16 @@ class Tls:
             )
         except OSError as error:
             raise ParameterError(f"a file for TLS cannot be read: {reason(error)}") from error
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # gRPC would only tell that no handshake came about
+        try:
+            wanted = f"certificates in {self.root_certificates}"
+            if self.root_certificates is not None:
+                context.load_verify_locations(self.root_certificates)
+            wanted = f"a certificate and its key, without a passphrase, in {self.certificate} and {self.key}"
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key, password="")
+        except ssl.SSLError as error:
+            raise ParameterError(f"TLS takes PEM files; there must be {wanted}") from error
         return grpc.ssl_channel_credentials(roots, key, certificate)
 
 
@@ -90,7 +104,7 @@ class Pods(Generic[Channel]):
 
     target: HOST:PORT. maker: grpc or grpc.aio, which make channels alike. tls: None talks in the clear.
     resolver: looks the name up.
-    Raises ParameterError for a target of another form, and for files that cannot be read.
+    Raises ParameterError for a target of another form, and for files that cannot be used.
     """
 
     def __init__(
