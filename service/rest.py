@@ -11,6 +11,7 @@ from fastapi import Depends, FastAPI, Request, Response, Security, WebSocket
 from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from percepnet.constants import LATENCY_SAMPLES, SAMPLE_RATE
 from service import download, health, upload
@@ -103,6 +104,14 @@ def create_app(
         swagger_ui_parameters={"tryItOutEnabled": True, "defaultModelsExpandDepth": -1},
     )
     app.add_middleware(Observe, metrics=metrics)
+    if settings.cors_origins is not None:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins.names,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "x-api-key", "traceparent"],
+            expose_headers=["*"],
+        )
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -67,6 +68,21 @@ def _hang_seconds(text: str) -> float:
     return value
 
 
+@dataclass(frozen=True)
+class Origins:
+    """Web origins as browsers name them, or `*` for all."""
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read them with commas between."""
+        names = tuple(name.strip() for name in text.split(","))
+        if not all(name == "*" or re.fullmatch(r"https?://[^\s/]+", name) for name in names):
+            raise ValueError("* or https://HOST[:PORT], several with commas between")
+        return cls(names)
+
+
 def _log_level(text: str) -> str:
     if text.lower() not in LOG_LEVELS:
         raise ValueError(f"one of {', '.join(LOG_LEVELS)}")
@@ -81,7 +97,7 @@ def _meaning(
     return {"parse": parse, "meaning": meaning, "unset": unset, "secret": secret}
 
 
-_METAVARS = {Address: "HOST:PORT", Path: "PATH", int: "N", float: "SECONDS", str: "LEVEL"}
+_METAVARS = {Address: "HOST:PORT", Path: "PATH", int: "N", float: "SECONDS", str: "LEVEL", Origins: "ORIGINS"}
 
 
 @dataclass(frozen=True)
@@ -194,6 +210,10 @@ class Settings:
     tls_client_ca: Path | None = field(
         default=None,
         metadata=_meaning(Path, "authorities (PEM) one of which must have signed a client's certificate"),
+    )
+    cors_origins: Origins | None = field(
+        default=None,
+        metadata=_meaning(Origins.parse, "web pages whose scripts may send files, as origins, or *"),
     )
     handover_keys_file: Path | None = field(
         default=None,

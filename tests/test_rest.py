@@ -33,6 +33,7 @@ from percepnet.stream import enhance_file
 from percepnet.synthesis import Controls
 from service.errors import ANSWERS
 from service.logs import JsonFormatter
+from service.settings import Origins
 
 RATE = 16_000
 
@@ -532,6 +533,20 @@ def test_the_grace_after_which_work_is_dropped_is_kept(paced: Paced) -> None:
             threading.Timer(2.0, paced.permits.release, [3]).start()
         assert_problem(answer.result(timeout=TIMEOUT_SECONDS), 503, "stopping")
         assert paced.blocks <= 4
+
+
+def test_scripts_of_the_chosen_web_pages_may_send_files(enhancer: Enhancer) -> None:
+    ours, other = {"Origin": "https://calls.example"}, {"Origin": "https://other.example"}
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    name = "access-control-allow-origin"
+    with serving(enhancer, cors_origins=Origins((ours["Origin"],))) as service:
+        preflight = service.http.options("/enhance", headers=ours | asks)
+        assert (preflight.status_code, preflight.headers[name]) == (200, ours["Origin"])
+        refused = service.http.post("/enhance", content=b"no audio", headers=ours)
+        assert (refused.status_code, refused.headers[name]) == (415, ours["Origin"])
+        assert name not in service.http.post("/enhance", content=b"no audio", headers=other).headers
+    with serving(enhancer) as service:
+        assert service.http.options("/enhance", headers=ours | asks).status_code == 405
 
 
 def test_requests_leave_no_open_file_behind(service: Service) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Address, Settings, SettingsError, add_arguments, unknown_variables
+from service.settings import Address, Origins, Settings, SettingsError, add_arguments, unknown_variables
 
 
 def flags(*command_line: str) -> dict[str, object]:
@@ -29,6 +29,7 @@ def test_the_environment_sets_every_kind_of_value() -> None:
             "PERCEPNET_MAX_REQUESTS": "7",
             "PERCEPNET_MAX_DURATION_SECONDS": "2.5",
             "PERCEPNET_LOG_LEVEL": "WARNING",
+            "PERCEPNET_CORS_ORIGINS": "https://calls.example, http://localhost:3000",
             "UNRELATED": "1",
         },
         {},
@@ -39,6 +40,7 @@ def test_the_environment_sets_every_kind_of_value() -> None:
         max_requests=7,
         max_duration_seconds=2.5,
         log_level="warning",
+        cors_origins=Origins(("https://calls.example", "http://localhost:3000")),
     )
 
 
@@ -73,6 +75,7 @@ def test_flags_of_other_commands_are_not_settings() -> None:
         ("MAX_DURATION_SECONDS", "nan"),
         ("TRANSFER_TIMEOUT_SECONDS", "inf"),
         ("SHUTDOWN_GRACE_SECONDS", "soon"),
+        ("CORS_ORIGINS", "calls.example"),
         ("LOG_LEVEL", "loud"),
     ],
 )
