@@ -37,6 +37,11 @@ def count() -> int:
     return max(1, min(len(usable()), math.ceil(min(quota(), 2**16))))
 
 
+def share(n_processes: int) -> float:
+    """Cores' worth of CPU time for each of so many processes, before they are pinned."""
+    return min(quota(), len(usable())) / n_processes
+
+
 def pin(worker: int, n_workers: int) -> bool:
     """Keep this process on a core of its own, if there is a worker for every usable core; tells whether.
 

@@ -37,11 +37,16 @@ class Server(uvicorn.Server):
     """The HTTP and gRPC servers around one engine; they stop being ready as soon as they are told to stop.
 
     board: where the workers of a service of many processes meet. until: a file descriptor whose end is the
-    sign to stop.
+    sign to stop. share: of a core, or several, that this process may use.
     """
 
     def __init__(
-        self, settings: Settings, enhancer: Enhancer, board: Board | None = None, until: int | None = None
+        self,
+        settings: Settings,
+        enhancer: Enhancer,
+        board: Board | None = None,
+        until: int | None = None,
+        share: float = 1.0,
     ) -> None:
         memory.return_large_blocks()
         self.health = Health()
@@ -49,7 +54,7 @@ class Server(uvicorn.Server):
         self._board = board or Board()
         self._until = until
         self._metrics = metrics = Metrics(enhancer.model, self._board)
-        engine = Engine(enhancer, _capacity(settings, enhancer, self._board), metrics)
+        engine = Engine(enhancer, _capacity(settings, enhancer, self._board, share), metrics)
         metrics.stopping = lambda: self.health.stopping
         metrics.queue_frames.set_function(lambda: engine.queued_frames)
         access = Access(settings, self._board)
@@ -146,9 +151,9 @@ def load_enhancer(settings: Settings) -> Enhancer:
     return enhancer
 
 
-def _capacity(settings: Settings, enhancer: Enhancer, board: Board) -> int | Room:
+def _capacity(settings: Settings, enhancer: Enhancer, board: Board, share: float) -> int | Room:
     """Live streams that this worker carries: its part of what was set, or as many as it can."""
-    n_workers = len(board.slots)
     if settings.max_streams is None:
-        return capacity.measure(enhancer, cores.quota() / n_workers)
+        return capacity.measure(enhancer, share)
+    n_workers = len(board.slots)
     return (settings.max_streams + n_workers - 1 - board.slots.index(board.mine)) // n_workers

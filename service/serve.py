@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from service.main import FAILURES, Server, load_enhancer  # a supervisor has no use for all this
 
     try:
-        server = Server(settings, load_enhancer(settings))
+        server = Server(settings, load_enhancer(settings), share=cores.share(1))
     except FAILURES as error:
         return _refuse(error, 2 if isinstance(error, SettingsError) else 1)
     with suppress(KeyboardInterrupt):  # the server stops in good order, then raises the signal again

@@ -14,6 +14,7 @@ def main(text: str) -> int:
     seat = Seat.parse(text)
     settings = Settings.load(os.environ, seat.flags | {"grpc_listen": seat.grpc_listen})
     logs.configure(settings.log_threshold)
+    share = cores.share(seat.n_workers)
     cores.pin(seat.worker, seat.n_workers)
     cores.share_calmly()
     wakeups.read_directly()
@@ -21,7 +22,7 @@ def main(text: str) -> int:
     from service.main import FAILURES, Server, load_enhancer  # on the core where it will run
 
     try:
-        server = Server(settings, load_enhancer(settings), board, until=seat.alive)
+        server = Server(settings, load_enhancer(settings), board, until=seat.alive, share=share)
     except FAILURES as error:
         if board.mine.snapshot is None:  # the service has not started: the supervisor tells it, once
             board.mine.snapshot = str(error)

@@ -1,13 +1,19 @@
 """How many live streams a process says it can carry."""
 
+import math
+import os
+from socket import socket
+from types import SimpleNamespace
+
 import pytest
 
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model
-from service import capacity
+from service import board, capacity, cores, logs, main, worker
 from service.engine import Engine, Options, Room
 from service.errors import BusyError
 from service.metrics import Metrics
+from service.supervisor import Seat
 
 
 @pytest.fixture
@@ -75,6 +81,26 @@ def test_sessions_that_share_messages_take_less(random_model: Model) -> None:
     alone, sharing = Options(16_000, message_samples=160), Options(16_000, shares_messages=True)
     assert room.cost(sharing) < 0.8 * room.cost(alone)
     assert room.most_streams >= int(room.left / room.cost(sharing))
+
+
+def test_workers_on_fewer_cores_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though, once it is pinned, each has a core for its own as far as the system tells."""
+    cpus, shares = [0, 1], []
+
+    def serve(*_: object, share: float, **__: object) -> SimpleNamespace:
+        shares.append(share)
+        return SimpleNamespace(run=lambda sockets: sockets[0].close())
+
+    monkeypatch.setattr(cores, "usable", lambda: cpus)
+    monkeypatch.setattr(cores, "quota", lambda: math.inf)
+    monkeypatch.setattr(cores, "pin", lambda *_: cpus.pop())
+    monkeypatch.setattr(main, "Server", serve)
+    for module, name in ((main, "load_enhancer"), (logs, "configure"), (cores, "share_calmly")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    file = board.shared_file(3)
+    assert worker.main(str(Seat(0, 3, "127.0.0.1:0", {}, file, socket().detach(), -1))) == 0
+    os.close(file)
+    assert shares == [pytest.approx(2 / 3)]
 
 
 def test_room_is_what_is_left() -> None:

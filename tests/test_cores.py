@@ -66,6 +66,18 @@ def test_there_are_no_more_workers_than_cores_or_quota(monkeypatch: pytest.Monke
         assert cores.count() == expected
 
 
+@pytest.mark.parametrize(
+    ("cpus", "quota", "n_processes", "expected"),
+    [(1, math.inf, 1, 1.0), (1, math.inf, 2, 0.5), (4, math.inf, 2, 2.0), (4, 1.5, 2, 0.75), (1, 8.0, 4, 0.25)],
+)
+def test_processes_share_the_cores_or_the_quota(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, quota: float, n_processes: int, expected: float
+) -> None:
+    monkeypatch.setattr(cores, "usable", lambda: list(range(cpus)))
+    monkeypatch.setattr(cores, "quota", lambda: quota)
+    assert cores.share(n_processes) == expected
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system pins no processes")
 def test_a_worker_for_each_core_is_pinned_and_others_are_not() -> None:
     code = "from service import cores; cpus = cores.usable(); print(cpus, cores.pin(1, {}), cores.usable())"
