@@ -68,7 +68,7 @@ def test_there_are_no_more_workers_than_cores_or_quota(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("cpus", "quota", "n_processes", "expected"),
-    [(1, math.inf, 1, 1.0), (1, math.inf, 2, 0.5), (4, math.inf, 2, 2.0), (4, 1.5, 2, 0.75), (1, 8.0, 4, 0.25)],
+    [(1, math.inf, 1, 1.0), (1, math.inf, 2, 0.5), (4, math.inf, 2, 2.0), (4, 1.5, 2, 0.75), (1, 8, 4, 0.25)],
 )
 def test_processes_share_the_cores_or_the_quota(
     monkeypatch: pytest.MonkeyPatch, cpus: int, quota: float, n_processes: int, expected: float
