@@ -26,7 +26,17 @@ from percepnet.errors import ParameterError
 from percepnet.stream import enhance
 from percepnet.synthesis import Controls
 from service import keys
-from service.client import AsyncClient, AsyncLiveStream, Client, EndedError, LiveStream, Mark, Tls, pods
+from service.client import (
+    AsyncClient,
+    AsyncLiveStream,
+    Client,
+    EndedError,
+    LiveStream,
+    Mark,
+    Tls,
+    conversation,
+    pods,
+)
 from service.main import Server
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
@@ -152,12 +162,28 @@ def test_a_message_of_another_length_than_promised_is_told_at_once(target: str) 
 
 
 @each_way
-def test_a_server_that_refuses_is_not_asked_again(target: str, multiplex: bool) -> None:
+def test_a_server_that_refuses_is_not_asked_again(
+    target: str, monkeypatch: pytest.MonkeyPatch, multiplex: bool
+) -> None:
+    monkeypatch.setattr(conversation, "MAX_RATE_HZ", 96_000)
     with Client(target, multiplex=multiplex) as client, pytest.raises(grpc.RpcError) as refused:
         client.stream(96_000)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    with Client(target) as client, pytest.raises(ParameterError, match="0 Hz; accepted are 8000 to 48000"):
-        client.stream(0)
+
+
+@pytest.mark.parametrize("value", [-1, 2**40, "16000", 16_000.5, None])
+def test_numbers_that_no_server_takes_are_told_before_one_is_asked(value: Any) -> None:
+    for kind in (Client, AsyncClient):
+        client = kind("127.0.0.9:9")
+        with pytest.raises(ParameterError, match=f"sample_rate: {value!r}; accepted are .* 8000 to 48000"):
+            client.stream(value)
+        with pytest.raises(ParameterError, match=f"samples: {value!r}; accepted are .* 0 to 16000"):
+            client.stream(RATE, message_samples=value)
+    with Client("127.0.0.9:9") as client, pytest.raises(ParameterError, match="8000 to 48000"):
+        client.enhance(noise(160), value)
+
+
+def test_a_target_of_another_form_is_told() -> None:
     with pytest.raises(ParameterError, match="'nowhere'; accepted is HOST:PORT"):
         Client("nowhere")
 
@@ -788,8 +814,11 @@ def test_a_pipe_that_is_left_gives_its_place_back(target: str, multiplex: bool) 
         eventually(lambda: client.status().active_streams == 0, "an idle server")
 
 
-def test_the_sessions_of_one_rpc_are_apart(target: str, enhancer: Enhancer) -> None:
+def test_the_sessions_of_one_rpc_are_apart(
+    target: str, enhancer: Enhancer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Many speakers in one thread; one that is refused or leaves harms no other."""
+    monkeypatch.setattr(conversation, "MAX_RATE_HZ", 96_000)
     samples = [noise(3_200, seed) for seed in range(6)]
     with Client(target, multiplex=True, patience_seconds=0) as client:
         streams = [client.stream(RATE, compensate_delay=True) for _ in samples]

@@ -123,7 +123,10 @@ class BaseClient(ABC, Generic[Channel, Stream]):
         never_dry: bool = False,
         timeout_seconds: float | None = None,
     ) -> Stream:
-        """Open a live stream; the fields are those of the proto's StreamConfig."""
+        """Open a live stream; the fields are those of the proto's StreamConfig.
+
+        Raises ParameterError for numbers that are not accepted.
+        """
         talk = Conversation(
             sample_rate,
             controls,

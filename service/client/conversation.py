@@ -27,6 +27,9 @@ which takes twice as long to enhance again."""
 FADE_SECONDS = 0.005
 """Over this time the step between the old server's last sample and the new one's signal is faded out."""
 
+MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 48_000
+"""Rates that the service takes."""
+
 MESSAGE_SECONDS = 1
 """The longest audio message."""
 
@@ -83,7 +86,8 @@ class EndedError(PercepNetError):
 class Conversation:
     """One stream's side of the talk, whatever server it is held with.
 
-    The arguments are the fields of the proto's StreamConfig; the delay is compensated on this side.
+    The arguments are the fields of the proto's StreamConfig; the delay is compensated on this side. Raises
+    ParameterError for numbers that are not accepted.
     """
 
     def __init__(
@@ -96,9 +100,7 @@ class Conversation:
         report: bool = False,
         never_dry: bool = False,
     ) -> None:
-        if sample_rate <= 0:
-            raise ParameterError(f"a sample rate of {sample_rate} Hz; accepted are 8000 to 48000")
-        self.sample_rate = sample_rate
+        self.sample_rate = _rate(sample_rate)
         self.started = pb.StreamStarted()
         """The server's description of the stream."""
         self.ended = False
@@ -106,10 +108,10 @@ class Conversation:
         self.unanswered_samples = 0
         self.n_answers = 0
         self._config = pb.StreamConfig(
-            sample_rate_hz=sample_rate,
+            sample_rate_hz=self.sample_rate,
             encoding=pb.ENCODING_F32LE,
             parameters=_parameters(controls),
-            message_samples=message_samples,
+            message_samples=_whole("message_samples", message_samples, 0, self.sample_rate * MESSAGE_SECONDS),
             report=report,
             never_dry=never_dry,
         )
@@ -280,11 +282,22 @@ class Pace:
 def clip_request(samples: np.ndarray, sample_rate: int, controls: Controls) -> pb.EnhanceClipRequest:
     """Asks for a clip, float32 (n,); raises ParameterError."""
     return pb.EnhanceClipRequest(
-        sample_rate_hz=sample_rate,
+        sample_rate_hz=_rate(sample_rate),
         encoding=pb.ENCODING_F32LE,
         parameters=_parameters(controls),
         audio=_encode(samples),
     )
+
+
+def _rate(sample_rate: int) -> int:
+    return _whole("sample_rate", sample_rate, MIN_RATE_HZ, MAX_RATE_HZ)
+
+
+def _whole(name: str, value: int, least: int, most: int) -> int:
+    """A number that is accepted; raises ParameterError."""
+    if not isinstance(value, int | np.integer) or not least <= value <= most:
+        raise ParameterError(f"{name}: {value!r}; accepted are whole numbers from {least} to {most}")
+    return int(value)
 
 
 def _encode(samples: np.ndarray, step: int = 1) -> bytes:
