@@ -23,7 +23,7 @@ from service.errors import (
 )
 from service.logs import logger
 from service.messages import pb
-from service.streams import Streams, Wire
+from service.streams import Member, Streams, Wire
 
 AHEAD_BYTES = 512 * 1024
 """Requests of one session that may wait besides what it may have unanswered: the 2.6 s, at 48 kHz in floats,
@@ -49,10 +49,11 @@ _REMEMBERED = 1024
 """Sessions that ended and for which requests may still be on their way."""
 
 
-class Multiplex:
+class Multiplex(Member):
     """One EnhanceStreams RPC."""
 
     def __init__(self, streams: Streams, context: grpc.aio.ServicerContext, caller: Caller) -> None:
+        super().__init__()
         self._streams = streams
         self._context = context
         self._caller = caller
@@ -62,11 +63,8 @@ class Multiplex:
         self._there = asyncio.Event()  # there are answers, or nothing more will come
         self._room = asyncio.Event()  # answers may be added
         self._room.set()
-        self._reader = asyncio.current_task()
-        self._error: Exception | None = None
         self._ending = False
         self._waiting_bytes = 0
-        self._moved = time.monotonic()  # when something last came, or a session was open
         self._writing: float | None = None  # since when a message waits to be taken
 
     @property
@@ -74,18 +72,12 @@ class Multiplex:
         """Whether there are sessions to bring to their end."""
         return bool(self._wires)
 
-    def fail(self, error: Exception) -> None:
-        """End the RPC with an error."""
-        if self._error is None and self._reader is not None:
-            self._error = error
-            self._reader.cancel()
-
     def check(self, oldest: float) -> None:
         """Fail if there was no session, or a message waits to be taken, since a time."""
         limit = f"{self._streams.settings.stream_idle_seconds:g} s"
         if self._writing is not None and self._writing < oldest:
             self.fail(SlowReaderError(f"the answers were not read for {limit}"))
-        elif not self._wires and self._moved < oldest:
+        elif not self._wires and self._heard < oldest:
             self.fail(IdleError(f"no session was open for {limit}"))
 
     async def run(self) -> None:
@@ -98,10 +90,6 @@ class Multiplex:
                 self._ending = True
                 self._there.set()
                 await writer
-        except asyncio.CancelledError:
-            if self._error is not None:
-                raise self._error from None
-            raise
         finally:
             self._reader = None  # nothing may cut the end short
             tasks = [wire.task for wire in self._wires.values()]
@@ -133,7 +121,7 @@ class Multiplex:
         Returns whether it begins: in a turn of the loop it takes a place, or is refused, before more come.
         """
         number = request.session_id
-        self._moved = time.monotonic()
+        self._heard = time.monotonic()
         wire = self._wires.get(number)
         begins = wire is None
         if wire is None:
@@ -155,7 +143,7 @@ class Multiplex:
         except Exception as raised:
             error = raised
         finally:
-            self._moved = time.monotonic()
+            self._heard = time.monotonic()
             del self._wires[number]
         self._end(number, error)
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,8 @@ from service.metrics import Metrics
 from service.settings import Settings
 
 MAX_NOT_BEGUN = 256
-"""Streams that were opened and have not sent their first message: they cost no place, but some memory."""
+"""Callers that may be waited for to begin: they take no place, but some memory. The one that was silent for
+longest gives way to the next."""
 
 MAX_UNANSWERED = 1024
 """Messages of a stream that may be unanswered, however short they are: 480 of one sample each may have to
@@ -32,6 +34,10 @@ _BURST = 16
 """Unanswered messages from which on all others have a turn before the next one is taken: a wire may bring
 thousands at once."""
 
+_GIVES_WAY = (
+    f"more than {MAX_NOT_BEGUN} callers are waited for to begin, and this one was silent for longest; "
+    "open it again, and begin at once"
+)
 _STOPPING = "the server is stopping; open the stream elsewhere"
 
 
@@ -60,16 +66,32 @@ class Wire(Protocol):
         """The stream is over: a writer that waits to send may be cancelled."""
 
 
-class Member(Protocol):
-    """What must not outlive its caller or the process."""
+class Member(ABC):
+    """What must not outlive its caller or the process; made by the task that serves it."""
+
+    def __init__(self) -> None:
+        self._reader = asyncio.current_task()
+        self.error: Exception | None = None
+        """What it was told to end with."""
+        self._heard = time.monotonic()  # when something last came
 
     @property
+    @abstractmethod
     def begun(self) -> bool:
         """Whether there is something to bring to an end."""
 
+    @property
+    def waiting_since(self) -> float | None:
+        """Since when it is waited for to begin; None if it has begun or has to end."""
+        return None if self.begun or self.error is not None else self._heard
+
     def fail(self, error: Exception) -> None:
         """End with an error."""
+        if self.error is None and self._reader is not None:
+            self.error = error
+            self._reader.cancel()
 
+    @abstractmethod
     def check(self, oldest: float) -> None:
         """Fail if nothing moved since a time."""
 
@@ -92,7 +114,7 @@ class Streams:
         self.seals = Seals(settings)
         self.stopping: Callable[[], bool] = lambda: False
         self._opened: Callable[[], None] = lambda: None
-        self._conversations: set[Member] = set()
+        self._members: set[Member] = set()
 
     def start(self, stopping: Callable[[], bool], opened: Callable[[], None]) -> None:
         """Watch over the streams. stopping: whether new ones are refused. opened: told of each that comes."""
@@ -102,14 +124,14 @@ class Streams:
 
     async def stop(self) -> None:
         """Refuse those that have not begun, let the others end within the grace, cut off what remains."""
-        for conversation in list(self._conversations):
-            if not conversation.begun:
-                conversation.fail(StoppingError(_STOPPING))
+        for member in self._members:
+            if not member.begun:
+                member.fail(StoppingError(_STOPPING))
         deadline = time.monotonic() + self.settings.shutdown_grace_seconds
-        while self._conversations and time.monotonic() < deadline:
+        while self._members and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        for conversation in list(self._conversations):
-            conversation.fail(StoppingError("the server stopped before the stream ended; open it elsewhere"))
+        for member in self._members:
+            member.fail(StoppingError("the server stopped before the stream ended; open it elsewhere"))
         self._sweeper.cancel()
 
     async def converse(self, wire: Wire, caller: Caller, *, shares_messages: bool = False) -> None:
@@ -118,13 +140,20 @@ class Streams:
         await Conversation(self, wire, caller, shares_messages).run()
 
     @contextmanager
-    def watched(self, conversation: "Member") -> Iterator[None]:
-        """End it when it is silent for too long, or when the process stops."""
-        self._conversations.add(conversation)
+    def watched(self, member: Member) -> Iterator[None]:
+        """End it when it is silent for too long, or when the process stops; raises what it was told then."""
+        self._members.add(member)
+        waiting = {other: since for other in self._members if (since := other.waiting_since) is not None}
+        if len(waiting) > MAX_NOT_BEGUN:
+            min(waiting, key=waiting.__getitem__).fail(BusyError(_GIVES_WAY))
         try:
             yield
+        except asyncio.CancelledError:
+            if member.error is not None:
+                raise member.error from None
+            raise
         finally:
-            self._conversations.discard(conversation)
+            self._members.discard(member)
 
     def refused(self, caller: Caller, error: Exception) -> None:
         """Write the books of a stream that never began."""
@@ -134,11 +163,9 @@ class Streams:
 
     @contextmanager
     def place(self, caller: Caller) -> Iterator[None]:
-        """Hold one of the streams that a caller may have; raises LimitError, BusyError, StoppingError."""
+        """Hold one of the streams that a caller may have; raises LimitError, StoppingError."""
         if self.stopping():
             raise StoppingError(_STOPPING)
-        if len(self._conversations) - self.engine.active > MAX_NOT_BEGUN:
-            raise BusyError(f"{MAX_NOT_BEGUN} streams are waited for to send their first message")
         with self._access.connection_streams.hold(caller.peer), self._access.streams.hold(caller.key):
             yield
 
@@ -147,24 +174,23 @@ class Streams:
         limit = self.settings.stream_idle_seconds
         while True:
             await asyncio.sleep(min(1, limit / 4))
-            for conversation in list(self._conversations):
-                conversation.check(time.monotonic() - limit)
+            for member in self._members:
+                member.check(time.monotonic() - limit)
 
 
-class Conversation:
+class Conversation(Member):
     """One live stream: reads messages into a session, writes its answers."""
 
     def __init__(self, streams: Streams, wire: Wire, caller: Caller, shares_messages: bool) -> None:
+        super().__init__()
         self._streams = streams
         self._wire = wire
         self._caller = caller
         self._shares_messages = shares_messages
         self._engine = streams.engine
         self._metrics = streams.metrics
-        self._error: Exception | None = None
-        self._reader = asyncio.current_task()
         self._writer: asyncio.Task[None] | None = None
-        self._opened = self._heard = time.monotonic()
+        self._opened = self._heard
         self._writing: float | None = None  # since when an answer waits to be taken
         self._session: Session | None = None
         self._answered = asyncio.Event()  # there are answers to write, or nothing more will come
@@ -180,12 +206,6 @@ class Conversation:
         """Whether its first message came."""
         return self._session is not None
 
-    def fail(self, error: Exception) -> None:
-        """End the stream with an error."""
-        if self._error is None and self._reader is not None:
-            self._error = error
-            self._reader.cancel()
-
     def check(self, oldest: float) -> None:
         """Fail if nothing was sent, or an answer waits to be taken, since a time."""
         limit = f"{self._streams.settings.stream_idle_seconds:g} s"
@@ -198,13 +218,12 @@ class Conversation:
     async def run(self) -> None:
         """Serve the stream to its end; raises what ended it early."""
         error: BaseException | None = None
-        with self._streams.watched(self):
-            try:
-                with self._streams.place(self._caller):
-                    await self._converse()
-            except (Exception, asyncio.CancelledError) as raised:
-                error = self._error or raised
-            self._close(error)
+        try:
+            with self._streams.place(self._caller), self._streams.watched(self):
+                await self._converse()
+        except (Exception, asyncio.CancelledError) as raised:
+            error = self.error or raised
+        self._close(error)
         self._reader = None  # its end is settled, and nothing may cut it short
         if self._writer is not None:
             self._wire.release(self._writer)

@@ -31,7 +31,7 @@ from service.client import Client
 from service.engine import Session
 from service.main import Server
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
-from service.streams import Conversation
+from service.streams import MAX_NOT_BEGUN, Conversation
 
 STREAM = "/percepnet_service.v1.EnhancementService/EnhanceStream"
 RATE = 16_000
@@ -328,14 +328,19 @@ def test_a_crowd_that_never_speaks_keeps_nobody_out(service: Service) -> None:
         quiet.wait(TIMEOUT_SECONDS)
         yield from ()
 
-    calls: list[Any] = [
-        service.channel.stream_stream(STREAM)(nothing(), timeout=TIMEOUT_SECONDS) for _ in range(50)
-    ]
+    def calls(method: str) -> list[Any]:
+        call = service.channel.stream_stream(method)
+        return [call(nothing(), timeout=TIMEOUT_SECONDS) for _ in range(MAX_NOT_BEGUN // 2)]
+
+    oldest, *others = [call for method in (STREAM, f"{STREAM}s", STREAM) for call in calls(method)]
+    assert oldest.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "begin at once" in oldest.details()
+    assert dict(oldest.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
     sockets = [socket.create_connection(service.http_address) for _ in range(50)]
     with Client("{}:{}".format(*service.grpc_address)) as client, client.stream(RATE) as speaking:
         assert len(speaking.push(np.zeros(160, np.float32))) == 160
         speaking.end()
-    for call in calls:
+    for call in others:
         call.cancel()
     for connection in sockets:
         connection.close()
