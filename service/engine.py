@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import gcd
 
@@ -94,7 +94,7 @@ class Room:
     @property
     def plain_streams(self) -> int:
         """How many streams fit in what is left if they send 10 ms at a time."""
-        return int(self.left / (self.stream + self.message) + 1e-6)
+        return max(0, int(self.left / (self.stream + self.message) + 1e-6))
 
     @property
     def most_streams(self) -> int:
@@ -157,6 +157,7 @@ class Session:
         self.n_samples = 0  # over all passages, for the books
         self.n_passages = 0  # that were flushed
         self.n_dry = 0  # frames that were sent dry
+        self.cost = 0.0  # of the engine's room
         self.on_answer = on_answer
         self._engine = engine
         self._begin()
@@ -175,6 +176,7 @@ class Session:
         self._is_ahead = False  # of that pace, further than somebody who speaks
         self._dry = (0, 0)  # the newest of the output samples that were sent dry
         self._n_heard = self._n_asked = self._n_answered = self._n_made = 0
+        self._was_short = False  # the newest message, which only the last one may be
         self._lead_in = delay if options.compensate_delay else 0  # samples that nobody asks for
         self._shift = self._lead_in - delay  # from output samples to input samples
         self._made: deque[np.ndarray] = deque()
@@ -207,6 +209,9 @@ class Session:
         """
         if not self._is_ahead:  # whose next message nobody can expect
             now = self._engine.arrivals.came(self._paced + PACE_SECONDS, now)
+        if self._was_short:
+            self._engine.charge_unpromised(self)
+        self._was_short = len(samples) < self.options.message_samples
         self.n_samples += len(samples)
         self._n_heard += len(samples)
         due = max(0, self._n_heard - self._lead_in)
@@ -463,9 +468,8 @@ class Engine:
             raise BusyError(f"all {self.active} live streams of this server are taken")
         session = Session(self, self._free[-1], options, on_answer)
         row = self._free.pop()
-        self._room.left -= cost
+        self._charge(session, cost)
         self.n_apart += not options.shares_messages
-        self._metrics.load.changed(self.active, self.capacity)
         self.aim(row, options.controls, at_once=True)
         self.forget(session)
         return session
@@ -474,10 +478,18 @@ class Engine:
         """End a session; frames that wait are dropped."""
         self._ready.pop(session, None)
         self._free.append(session.row)
-        self._room.left += self._room.cost(session.options)
+        self._charge(session, 0.0)
         self.n_apart -= not session.options.shares_messages
-        self._metrics.load.changed(self.active, self.capacity)
         self._rest()
+
+    def charge_unpromised(self, session: Session) -> None:
+        """A session breaks its promise of long messages, and takes what it would without one, room or not."""
+        self._charge(session, max(session.cost, self._room.cost(replace(session.options, message_samples=0))))
+
+    def _charge(self, session: Session, cost: float) -> None:
+        self._room.left += session.cost - cost
+        session.cost = cost
+        self._metrics.load.changed(self.active, self.capacity)
 
     def aim(self, row: int, controls: Controls, *, at_once: bool) -> None:
         """Let a row's parameters go to new values from its next frame on."""

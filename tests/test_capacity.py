@@ -5,6 +5,7 @@ import os
 from socket import socket
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from percepnet.enhancer import Enhancer
@@ -61,6 +62,36 @@ def test_fewer_messages_leave_room_for_more_streams(
     for session in sessions:
         engine.close(session)
     assert metrics.board.mine.capacity == engine.capacity == 25
+
+
+@pytest.mark.usefixtures("steady")
+def test_shorter_messages_than_promised_cost_what_they_cost_without_a_promise(random_model: Model) -> None:
+    enhancer = Enhancer(random_model)
+    engine = Engine(enhancer, capacity.measure(enhancer), Metrics(random_model))
+    promised, sent = Options(16_000, message_samples=16_000), np.zeros(160, np.float32)
+    sessions = [engine.open(promised, lambda: None) for _ in range(46)]
+    with pytest.raises(BusyError):
+        engine.open(promised, lambda: None)
+    for session in sessions:
+        session.push(sent, 0.0)
+        session.flush(0.0)  # a short message may be the last one
+    while engine.has_work:
+        engine.run_round(0.0)
+    engine.close(sessions.pop())
+    sessions.append(engine.open(promised, lambda: None))
+
+    for session in sessions[1:]:
+        session.push(sent, 0.0)
+        session.push(sent, 0.0)
+    assert engine.capacity == engine.active
+    while engine.active > 25:
+        with pytest.raises(BusyError):
+            engine.open(promised, lambda: None)
+        engine.close(sessions.pop())
+    engine.open(promised, lambda: None)
+    for session in sessions:
+        engine.close(session)
+    assert engine.capacity == 25
 
 
 @pytest.mark.usefixtures("steady")
