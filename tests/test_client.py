@@ -140,6 +140,24 @@ def test_a_long_push_goes_in_pieces(target: str, enhancer: Enhancer) -> None:
     np.testing.assert_array_equal(output[stream.delay_samples :], expected)
 
 
+@each_way
+def test_long_items_go_in_pieces(target: str, enhancer: Enhancer, multiplex: bool) -> None:
+    """One that fits in a message, and one of several seconds."""
+    items = [noise(RATE), noise(3 * RATE + 160, seed=1)]
+    expected = enhance(np.concatenate(items), RATE, enhancer=enhancer)
+
+    async def main() -> list[np.ndarray]:
+        async with AsyncClient(target, multiplex=multiplex) as client:
+            stream = await client.stream(RATE, compensate_delay=True)
+            return [output async for output in stream.pipe(items)]
+
+    with Client(target, multiplex=multiplex) as client:
+        outputs = list(client.stream(RATE, compensate_delay=True).pipe(items))
+    for answers in (outputs, asyncio.run(main())):
+        assert len(answers) == 6
+        np.testing.assert_array_equal(np.concatenate(answers), expected)
+
+
 @pytest.mark.parametrize(
     "bad", [np.zeros((2, 80), np.float32), np.zeros((160, 2), np.float32), np.zeros(160, np.int16)]
 )
@@ -159,6 +177,22 @@ def test_a_message_of_another_length_than_promised_is_told_at_once(target: str) 
             stream.push(np.zeros(159, np.float32))
         with pytest.raises(ParameterError, match="takes multiples of 160"):
             list(stream.pipe([np.zeros(159, np.float32)]))
+
+
+def test_nothing_is_sent_of_a_push_that_is_refused(target: str) -> None:
+    """Its first second would fit in a message."""
+
+    async def main() -> None:
+        async with AsyncClient(target) as client, client.stream(RATE, message_samples=160) as stream:
+            with pytest.raises(ParameterError, match="33000 samples; this stream takes multiples of 160"):
+                await stream.push(noise(33_000))
+            assert await stream.update(Controls()) == 0
+
+    with Client(target) as client, client.stream(RATE, message_samples=160) as stream:
+        with pytest.raises(ParameterError, match="33000 samples; this stream takes multiples of 160"):
+            stream.push(noise(33_000))
+        assert stream.update(Controls()) == 0
+    asyncio.run(main())
 
 
 @each_way

@@ -15,7 +15,6 @@ from service import pcm
 from service.client.base import BaseClient, BaseStream
 from service.client.conversation import (
     SERVICE,
-    WINDOW_SECONDS,
     Answer,
     Conversation,
     EndedError,
@@ -136,7 +135,7 @@ class AsyncLiveStream(BaseStream[_Connection]):
     async def pipe(
         self, items: Iterable[Item] | AsyncIterable[Item], *, realtime: bool = False
     ) -> AsyncIterator[np.ndarray]:
-        """Send all items and then the end; yields what comes back meanwhile, one array for each.
+        """Send all items and then the end; yields what comes back meanwhile, one array for each (see `send`).
 
         items: arrays of samples, and parameters in between; read in a task of its own. realtime: send every
         array when its last sample would have been spoken.
@@ -162,17 +161,21 @@ class AsyncLiveStream(BaseStream[_Connection]):
             speaker.cancel()
 
     async def send(self, item: Item) -> None:
-        """Send one item; waits while a whole window of audio is unanswered."""
-        while self._talk.unanswered_samples > WINDOW_SECONDS * self._talk.sample_rate and not self._error:
-            self._room.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CLOSED_SECONDS):
-                    await self._room.wait()
-            self._pods.check_open()
-        async with self._writing:
-            if self._error:
-                raise self._error
-            await self._connection.write(self._talk.ask(item))
+        """Send one item; waits while a whole window of audio is unanswered.
+
+        Samples of more than a second go in several messages, each with an answer of its own.
+        """
+        for piece in self._talk.pieces(item):
+            while not (self._talk.has_room or self._error):
+                self._room.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(CLOSED_SECONDS):
+                        await self._room.wait()
+                self._pods.check_open()
+            async with self._writing:
+                if self._error:
+                    raise self._error
+                await self._connection.write(self._talk.ask(piece))
 
     async def receive(self) -> Answer | None:
         """Wait for the answer to the oldest item that has none; None when the end was answered.

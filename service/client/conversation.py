@@ -127,11 +127,7 @@ class Conversation:
         self._fade = np.zeros(0, np.float32)  # to add to the next samples
 
     def ask(self, item: Item) -> Request:
-        """The message for an item, which is due an answer from now on; raises ParameterError.
-
-        With `message_samples`, audio that is no multiple of it is refused: its answer would wait for samples
-        that nobody sends meanwhile.
-        """
+        """The message for one of the `pieces` of an item, which is due an answer from now on."""
         if isinstance(item, Controls):
             request = Request(parameters=_parameters(item))
         elif item is Mark.FLUSH:
@@ -139,14 +135,20 @@ class Conversation:
         elif item is Mark.END:
             request = Request(end=pb.End())
         else:
-            request = Request(audio=_encode(item, self._config.message_samples or 1))
+            request = Request(audio=_encode(item))
         self._asked.append(request)
         self.unanswered_samples += _n_samples(request)
         return request
 
-    def pieces(self, samples: np.ndarray) -> list[np.ndarray]:
-        """Samples of any number, in as few messages as they fit in."""
-        size = self._longest()
+    def pieces(self, item: Item) -> list[Item]:
+        """An item in as few messages as it fits in; raises ParameterError.
+
+        With `message_samples`, audio that is no multiple of it is refused: its answer would wait for samples
+        that nobody sends meanwhile.
+        """
+        if isinstance(item, Controls | Mark):
+            return [item]
+        samples, size = _checked(item, self._config.message_samples or 1), self._longest()
         return [samples[i : i + size] for i in range(0, len(samples), size)] or [samples]
 
     def opening(self) -> Opening:
@@ -177,6 +179,11 @@ class Conversation:
     def n_asked(self) -> int:
         """Items asked so far."""
         return self.n_answers + len(self._asked)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be asked: no more than a window of audio is unanswered."""
+        return self.unanswered_samples <= WINDOW_SECONDS * self.sample_rate
 
     @property
     def movable(self) -> bool:
@@ -300,8 +307,13 @@ def _whole(name: str, value: int, least: int, most: int) -> int:
     return int(value)
 
 
-def _encode(samples: np.ndarray, step: int = 1) -> bytes:
+def _encode(samples: np.ndarray) -> bytes:
     """Samples as they are sent; raises ParameterError."""
+    return _checked(samples).astype(pcm.F32LE).tobytes()
+
+
+def _checked(samples: np.ndarray, step: int = 1) -> np.ndarray:
+    """Samples that can be sent, as many as a multiple of `step`; raises ParameterError."""
     samples = np.asarray(samples)
     if samples.ndim != 1:
         raise ParameterError(f"samples of shape {samples.shape}; the service takes one channel, shape (n,)")
@@ -309,7 +321,7 @@ def _encode(samples: np.ndarray, step: int = 1) -> bytes:
         raise ParameterError(f"{samples.dtype} samples; the service takes floats with full scale ±1")
     if len(samples) % step:
         raise ParameterError(f"{len(samples)} samples; this stream takes multiples of {step}")
-    return samples.astype(pcm.F32LE).tobytes()
+    return samples
 
 
 def _parameters(controls: Controls) -> pb.Parameters:

@@ -16,7 +16,6 @@ from service import pcm
 from service.client.base import BaseClient, BaseStream
 from service.client.conversation import (
     SERVICE,
-    WINDOW_SECONDS,
     Answer,
     Conversation,
     EndedError,
@@ -102,7 +101,7 @@ class LiveStream(BaseStream[_Connection]):
         return self._ask(Mark.END).samples
 
     def pipe(self, items: Iterable[Item], *, realtime: bool = False) -> Iterator[np.ndarray]:
-        """Send all items and then the end; yields what comes back meanwhile, one array for each.
+        """Send all items and then the end; yields what comes back meanwhile, one array for each (see `send`).
 
         items: arrays of samples, and parameters in between; read in a thread of its own. realtime: send every
         array when its last sample would have been spoken.
@@ -125,14 +124,18 @@ class LiveStream(BaseStream[_Connection]):
                 yield answer.samples
 
     def send(self, item: Item) -> None:
-        """Send one item; waits while a whole window of audio is unanswered."""
-        with self._changed:
-            while self._talk.unanswered_samples > WINDOW_SECONDS * self._talk.sample_rate and not self._error:
-                self._changed.wait(CLOSED_SECONDS)
-                self._pods.check_open()
-            if self._error:
-                raise self._error
-            self._connection.requests.put(self._talk.ask(item))
+        """Send one item; waits while a whole window of audio is unanswered.
+
+        Samples of more than a second go in several messages, each with an answer of its own.
+        """
+        for piece in self._talk.pieces(item):
+            with self._changed:
+                while not (self._talk.has_room or self._error):
+                    self._changed.wait(CLOSED_SECONDS)
+                    self._pods.check_open()
+                if self._error:
+                    raise self._error
+                self._connection.requests.put(self._talk.ask(piece))
 
     def receive(self) -> Answer | None:
         """Wait for the answer to the oldest item that has none; None when the end was answered."""
