@@ -253,6 +253,9 @@ class Settings:
             raise SettingsError("TLS needs both, a certificate and its key; only one is set")
         if settings.tls_client_ca is not None and settings.tls_cert is None:
             raise SettingsError("a client CA needs TLS: set a certificate and its key too")
+        per_key = settings.max_streams_per_key or settings.max_requests_per_key
+        if per_key and not settings.api_keys and settings.api_keys_file is None:
+            raise SettingsError("limits of a key need API keys: set PERCEPNET_API_KEYS or --api-keys-file")
         return settings
 
     @property

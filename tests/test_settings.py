@@ -101,6 +101,15 @@ def test_addresses_are_read_and_written(text: str, host: str, written: str) -> N
     assert str(address) == written
 
 
+@pytest.mark.parametrize("name", ["MAX_STREAMS_PER_KEY", "MAX_REQUESTS_PER_KEY"])
+def test_a_limit_for_each_key_without_keys_is_refused(name: str) -> None:
+    limit = {f"PERCEPNET_{name}": "2"}
+    with pytest.raises(SettingsError, match="need API keys: set PERCEPNET_API_KEYS or --api-keys-file"):
+        Settings.load(limit, {})
+    Settings.load(limit | {"PERCEPNET_API_KEYS": "radio:0123456789abcdef0123456789abcdef"}, {})
+    Settings.load(limit, flags("--api-keys-file", "keys"))
+
+
 def test_settings_cannot_change() -> None:
     with pytest.raises(AttributeError):
         Settings().max_requests = 3  # type: ignore[misc]
