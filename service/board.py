@@ -79,6 +79,8 @@ class Slot:
     """How often the worker was replaced; written by the supervisor."""
     beats = _Number(7)
     """Counts on, every second, as long as its event loop turns."""
+    streams_lost = _Number(14)  # after those of both sheets
+    """Live streams that ended with a worker; written by the supervisor."""
     snapshot = _Sheet(0)
     """The values of its metrics."""
     held = _Sheet(1)
@@ -90,7 +92,8 @@ class Slot:
         self.sheets = (halves[:2], halves[2:])
 
     def vacate(self) -> None:
-        """The worker is gone: what it held is free, what it counted stays."""
+        """The worker is gone: what it held is free, what it counted stays, its streams are lost."""
+        self.streams_lost += self.streams
         self.ready = self.streams = self.capacity = self.files = self.cpu_seconds = self.open_seconds = 0
         self.held = None
 

@@ -224,6 +224,11 @@ class Metrics:
             "Worker processes that ended unasked, or hung, and were replaced; their streams were lost.",
             total("restarts"),
         )
+        yield CounterMetricFamily(
+            "percepnet_streams_lost",
+            "Live streams that ended with their worker; they have no outcome.",
+            total("streams_lost"),
+        )
         build = GaugeMetricFamily("percepnet_build_info", "What runs here.", labels=tuple(self._build))
         build.add_metric(tuple(self._build.values()), 1)
         yield build

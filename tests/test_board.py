@@ -108,6 +108,7 @@ def test_counters_go_on_and_gauges_end_with_a_lost_worker(boards: list[Board], r
     assert alone["percepnet_streams_totalok"] == 5
     assert (alone["percepnet_streams_active"], alone["percepnet_queue_frames"]) == (0, 0)
     assert (alone["percepnet_workers"], alone["percepnet_worker_restarts_total"]) == (2, 1)
+    assert alone["percepnet_streams_lost_total"] == 4
 
     boards[0].mine.ready = 1
     replacement = Metrics(random_model, boards[0])

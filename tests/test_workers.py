@@ -244,6 +244,7 @@ def test_a_killed_worker_costs_its_streams_only_and_is_replaced(service: Service
     service.wait_for("percepnet_workers", 2)
     values = service.values()
     assert values["percepnet_worker_restarts_total"] == before["percepnet_worker_restarts_total"] + 1
+    assert values["percepnet_streams_lost_total"] == before["percepnet_streams_lost_total"] + 4
     assert (values["percepnet_streams_active"], values["percepnet_streams_capacity"]) == (8, 8)
     answers = "percepnet_stream_latency_seconds_count"
     assert values[answers] >= before[answers] + 8 * 5
