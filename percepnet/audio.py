@@ -2,12 +2,12 @@
 
 import os
 import struct
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 import soundfile
@@ -56,6 +56,8 @@ MP3_LEFTOVER = 4096
 PROMISE_TOLERANCE_SECONDS = 0.1
 """MP3 headers miscount by a few frames; what is missing beyond this was cut off."""
 
+_Result = TypeVar("_Result")
+
 PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 
 
@@ -67,15 +69,79 @@ class Encoding:
     subtype: str
 
 
+class _CallersFile:
+    """A binary file that libsndfile calls back. What the file raises would be lost there, so it is kept."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._error: BaseException | None = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._call(0, self._file.seek, offset, whence)
+
+    def tell(self) -> int:
+        return self._call(0, self._file.tell)
+
+    def read(self, size: int) -> bytes:
+        return self._call(b"", self._file.read, size)
+
+    def write(self, data: bytes) -> int:
+        return self._call(0, self._file.write, data)
+
+    def raise_error(self) -> None:
+        """Raise what the file raised since it was last asked."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _call(self, nothing: _Result, method: Callable[..., _Result], *arguments: Any) -> _Result:
+        try:
+            return method(*arguments)
+        except BaseException as error:
+            self._error = self._error or error
+            return nothing
+
+
 class _SequentialFile(soundfile.SoundFile):
     """A file that is read or written from start to end.
+
+    file: a path or a file descriptor, which stays open and which libsndfile reads by itself, so that no
+    signal can get lost in a callback; or a binary file.
 
     soundfile seeks after each block of a seekable file. An MP3 then loses the data that its frames borrow
     from earlier ones, audibly.
     """
 
+    def __init__(self, file: int | Path | BinaryIO, *arguments: Any, **options: Any) -> None:
+        self._called = None if isinstance(file, int | Path) else _CallersFile(file)
+        try:
+            super().__init__(self._called or file, *arguments, closefd=False, **options)
+        except soundfile.LibsndfileError:
+            with self._raising():
+                raise
+
     def seekable(self) -> bool:
         return False
+
+    def read(self, *arguments: Any, **options: Any) -> Any:
+        with self._raising():
+            return super().read(*arguments, **options)
+
+    def write(self, data: Any) -> None:
+        with self._raising():
+            super().write(data)
+
+    def close(self) -> None:
+        with self._raising():
+            super().close()
+
+    @contextmanager
+    def _raising(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self._called is not None:
+                self._called.raise_error()
 
 
 class AudioReader:
@@ -88,13 +154,19 @@ class AudioReader:
 
     def __init__(self, source: str | Path | BinaryIO) -> None:
         with ExitStack() as opened:
-            file = opened.enter_context(open(source, "rb")) if isinstance(source, str | Path) else source
+            file: BinaryIO
+            to_read: int | BinaryIO
+            if isinstance(source, str | Path):
+                file = opened.enter_context(open(source, "rb", buffering=0))
+                to_read = file.fileno()
+            else:
+                file = to_read = source
             _check_start(file)
             _check_end(file)
             self._guessed = _is_mp3_of_unknown_length(file)
             file.seek(0)
             try:
-                self._sound = opened.enter_context(_SequentialFile(file))
+                self._sound = opened.enter_context(_SequentialFile(to_read))
             except soundfile.LibsndfileError as error:
                 raise AudioError(f"the file is damaged or truncated: {error.error_string}") from error
             self._check_header()
@@ -119,6 +191,8 @@ class AudioReader:
         """
         done = 0
         while len(block := self._read(size, done)):
+            if done % size:  # only the last block may be shorter
+                raise AudioError(f"the file is damaged after {done / self.sample_rate:.1f} s")
             finite = np.isfinite(block)
             if not finite.all():
                 sample, channel = np.argwhere(~finite)[0]
@@ -128,7 +202,8 @@ class AudioReader:
                 )
             done += len(block)
             yield block.T
-        if self.n_samples - done > PROMISE_TOLERANCE_SECONDS * self.sample_rate or not done:
+        tolerance = PROMISE_TOLERANCE_SECONDS * self.sample_rate if self._sound.format == "MP3" else 0
+        if self.n_samples - done > tolerance or not done:
             raise AudioError(
                 f"the file is truncated: its header promises {self.n_samples} samples, it holds {done}"
             )

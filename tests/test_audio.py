@@ -2,6 +2,7 @@
 
 import io
 import re
+import signal
 from contextlib import suppress
 
 import numpy as np
@@ -336,6 +337,64 @@ def test_a_missing_file_is_an_os_error(tmp_path):
         AudioWriter(tmp_path / "none" / "out.wav", Encoding("WAV", "PCM_16"), 16_000, 1, 1)
 
 
+class FailingFile(io.BytesIO):
+    """A binary file whose read from a position on fails, or gives less than there is."""
+
+    def __init__(self, data: bytes, failing_from: int, error: OSError | None) -> None:
+        super().__init__(data)
+        self._failing_from = failing_from
+        self._error = error
+
+    def read(self, size=-1):
+        if self.tell() < self._failing_from:
+            return super().read(size)
+        self._failing_from = len(self.getvalue())
+        if self._error is not None:
+            raise self._error
+        return super().read(size // 2)
+
+
+@pytest.mark.parametrize(
+    "container", [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")]
+)
+def test_an_error_of_a_binary_file_is_raised_though_libsndfile_goes_on(container):
+    data = encoded(*container, n_samples=100_000)
+    with pytest.raises(OSError, match="the disk is worn"):
+        read(FailingFile(data, len(data) // 2, OSError(5, "the disk is worn")))
+
+
+def test_a_file_is_refused_if_a_piece_was_not_read():
+    """That is no shorter file: more comes after the piece."""
+    data = encoded("WAV", "PCM_16", n_samples=100_000)
+    with pytest.raises(AudioError, match="damaged after 3"):
+        read(FailingFile(data, 100_000, None))
+
+
+def test_a_signal_is_never_lost_while_a_file_is_read(tmp_path):
+    """An exception that its handler raises, as that of Ctrl-C does, ends the reading at any moment."""
+    soundfile.write(tmp_path / "in.wav", np.zeros(2_000_000), 16_000)
+    came = []
+
+    def interrupt(*_: object) -> None:
+        came.append(True)
+        raise KeyboardInterrupt
+
+    def read_on(reader, delay):
+        came.clear()
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        for _ in reader.blocks(50):
+            assert not came
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for delay in np.linspace(0.0005, 0.005, 60):
+            with AudioReader(tmp_path / "in.wav") as reader, pytest.raises(KeyboardInterrupt):
+                read_on(reader, delay)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_a_failure_leaves_the_folder_as_it_was(tmp_path):
     path = tmp_path / "out.wav"
     path.write_bytes(b"before")
@@ -347,14 +406,16 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path):
     assert path.read_bytes() == b"before"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_is_an_os_error():
+@pytest.mark.parametrize("n_samples", [10, 10_000])
+@pytest.mark.parametrize("container", ["WAV", "FLAC"])
+def test_a_full_disk_is_an_os_error(container, n_samples):
+    """FLAC writes a few samples only at its end."""
     with (
-        pytest.raises(OSError, match="disk full"),
+        pytest.raises(OSError, match="No space left on device"),
         open("/dev/full", "r+b", buffering=0) as full,
-        AudioWriter(full, Encoding("WAV", "PCM_16"), 16_000, 1, 100) as writer,
+        AudioWriter(full, Encoding(container, "PCM_16"), 16_000, 1, n_samples) as writer,
     ):
-        writer.write(noise(10_000))
+        writer.write(noise(n_samples))
 
 
 def test_a_target_that_is_no_file_is_refused(tmp_path):
