@@ -29,6 +29,7 @@ from service import keys
 from service.client import (
     AsyncClient,
     AsyncLiveStream,
+    BusyError,
     Client,
     EndedError,
     LiveStream,
@@ -270,6 +271,60 @@ def test_leaving_a_stream_frees_a_sender_that_waits(target: str) -> None:
             time.sleep(0.05)
         speaker.join()
     assert isinstance(failures[0], EndedError)
+
+
+@each_way
+def test_pushes_at_once_take_turns(target: str, multiplex: bool) -> None:
+    """All dry each gets its own samples back, and long ones whole."""
+    sizes = [100, 60_000, 480, 100_000, 7]
+    voices = [noise(size, seed) for seed, size in enumerate(sizes)]
+    dry = Controls(mix=0)
+
+    async def main() -> list[np.ndarray]:
+        async with (
+            AsyncClient(target, multiplex=multiplex) as client,
+            client.stream(48_000, controls=dry) as stream,
+        ):
+            heard = [*await asyncio.gather(*(stream.push(voice) for voice in voices)), await stream.end()]
+            return [np.concatenate(heard)[stream.delay_samples :], *heard]
+
+    with Client(target, multiplex=multiplex) as client, client.stream(48_000, controls=dry) as stream:
+        with ThreadPoolExecutor() as threads:
+            heard = [*threads.map(stream.push, voices), stream.end()]
+        assert [len(samples) for samples in heard] == [*sizes, stream.delay_samples]
+    said, *heard = asyncio.run(asyncio.wait_for(main(), 60))
+    assert [len(samples) for samples in heard[:-1]] == sizes
+    np.testing.assert_allclose(said, np.concatenate(voices), atol=1e-5)
+
+
+@each_way
+def test_answers_that_another_call_waits_for_are_not_taken_from_it(target: str, multiplex: bool) -> None:
+    """Parameters can be sent meanwhile."""
+
+    async def main() -> None:
+        async with AsyncClient(target, multiplex=multiplex) as client, client.stream(RATE) as stream:
+            waiting = asyncio.create_task(stream.receive())
+            await asyncio.sleep(0)
+            for call in (stream.receive(), stream.push(noise(160)), anext(stream.pipe([]))):
+                with pytest.raises(BusyError, match="another call waits for the answers"):
+                    await call
+            await stream.send(Controls())
+            answer = await waiting
+            assert answer is not None
+            assert answer.position == 0
+            assert len(await stream.push(noise(160))) == 160
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    with Client(target, multiplex=multiplex) as client:
+        stream = client.stream(RATE)
+        items = iter([noise(160), Controls()])
+        outputs = []
+        for output in stream.pipe(items):
+            outputs.append(len(output))
+            for call in (stream.receive, stream.end, lambda: list(stream.pipe([]))):
+                with pytest.raises(BusyError, match="another call waits for the answers"):
+                    call()
+        assert outputs == [160, 0, stream.delay_samples]
 
 
 @each_way

@@ -93,10 +93,11 @@ class _Connection:
 class AsyncLiveStream(BaseStream[_Connection]):
     """One live speaker; leave its `async with` block, or call `end`, to give its place back.
 
-    `push`, `update`, `flush` and `end` wait for their answer. With `pipe`, or with `send` and `receive` from
-    two tasks, audio flows both ways at once. A connection that is lost is taken up again where it broke, at
-    whatever server has room. All methods raise grpc.RpcError when that fails, or when the server refuses:
-    `code()` and `details()` say why.
+    `push`, `update`, `flush` and `end` wait for their answer; tasks that call them take turns. With `pipe`,
+    or with `send` and `receive` from two tasks, audio flows both ways at once; then `send` also takes
+    parameters and marks, and methods that would take answers away from `pipe` or `receive` raise BusyError. A
+    connection that is lost is taken up again where it broke, at whatever server has room. All methods raise
+    grpc.RpcError when that fails, or when the server refuses: `code()` and `details()` say why.
     """
 
     def __init__(self, client: "AsyncClient", talk: Conversation, timeout_seconds: float | None) -> None:
@@ -104,6 +105,7 @@ class AsyncLiveStream(BaseStream[_Connection]):
         self._client = client
         self._writing = asyncio.Lock()  # whoever has it may write, or put another connection in place
         self._room = asyncio.Event()
+        self._turn = asyncio.Lock()
         self._receiving: asyncio.Task[Answer | None] | None = None
         self._n_unwanted = 0  # answers to cancelled calls that are still to be dropped
 
@@ -118,19 +120,19 @@ class AsyncLiveStream(BaseStream[_Connection]):
         Raises ParameterError if n is no multiple of a stated `message_samples`: the answer would wait for
         samples that nobody sends meanwhile. If it is cancelled, what comes back for its samples is dropped.
         """
-        return np.concatenate([(await self._ask(piece)).samples for piece in self._talk.pieces(samples)])
+        return np.concatenate([answer.samples for answer in await self._ask(samples)])
 
     async def update(self, controls: Controls) -> int:
         """Change the parameters; returns the number of the first input sample that they apply to."""
-        return (await self._ask(controls)).position
+        return (await self._ask(controls))[0].position
 
     async def flush(self) -> np.ndarray:
         """Return the tail of all that was sent; the next samples begin a new passage."""
-        return (await self._ask(Mark.FLUSH)).samples
+        return (await self._ask(Mark.FLUSH))[0].samples
 
     async def end(self) -> np.ndarray:
         """Return the tail and end the stream."""
-        return (await self._ask(Mark.END)).samples
+        return (await self._ask(Mark.END))[0].samples
 
     async def pipe(
         self, items: Iterable[Item] | AsyncIterable[Item], *, realtime: bool = False
@@ -152,13 +154,14 @@ class AsyncLiveStream(BaseStream[_Connection]):
             except Exception as error:
                 self._fail(error)
 
-        speaker = asyncio.create_task(speak())
-        try:
-            async with self:
-                while (answer := await self.receive()) is not None:
-                    yield answer.samples
-        finally:
-            speaker.cancel()
+        with self._listen():
+            speaker = asyncio.create_task(speak())
+            try:
+                async with self:
+                    while (answer := await self._next_answer()) is not None:
+                        yield answer.samples
+            finally:
+                speaker.cancel()
 
     async def send(self, item: Item) -> None:
         """Send one item; waits while a whole window of audio is unanswered.
@@ -182,9 +185,8 @@ class AsyncLiveStream(BaseStream[_Connection]):
 
         If it is cancelled, as `asyncio.wait_for` does, the next call waits for the same answer.
         """
-        while (answer := await self._oldest()) is not None and self._n_unwanted:
-            self._n_unwanted -= 1
-        return answer
+        with self._listen():
+            return await self._next_answer()
 
     def close(self) -> None:
         """Hang up, whatever is under way."""
@@ -198,8 +200,13 @@ class AsyncLiveStream(BaseStream[_Connection]):
     ) -> None:
         self.close()
 
+    async def _next_answer(self) -> Answer | None:
+        while (answer := await self._oldest()) is not None and self._n_unwanted:
+            self._n_unwanted -= 1
+        return answer
+
     async def _oldest(self) -> Answer | None:
-        """`receive`, for unwanted answers too."""
+        """`_next_answer`, for unwanted answers too."""
         if self._receiving is None:
             self._receiving = asyncio.create_task(self._receive())
         await asyncio.wait([self._receiving])
@@ -233,11 +240,17 @@ class AsyncLiveStream(BaseStream[_Connection]):
                 return self._tell(answer)
         return None
 
-    async def _ask(self, item: Item) -> Answer:
+    async def _ask(self, item: Item) -> list[Answer]:
+        """Send an item, each message of it when the one before is answered."""
+        async with self._turn:
+            with self._listen():
+                return [await self._answer_to(piece) for piece in self._talk.pieces(item)]
+
+    async def _answer_to(self, item: Item) -> Answer:
         n_asked = self._talk.n_asked
         try:
             await self.send(item)
-            answer = await self.receive()
+            answer = await self._next_answer()
         except asyncio.CancelledError:
             self._n_unwanted += self._talk.n_asked - n_asked
             raise

@@ -3,12 +3,14 @@
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, TypeVar
 
 import grpc
 
 from percepnet.synthesis import Controls
-from service.client.conversation import Answer, Conversation
+from service.client.conversation import Answer, BusyError, Conversation
 from service.client.pods import (
     PATIENCE_SECONDS,
     Attempts,
@@ -42,6 +44,7 @@ class BaseStream(Generic[Connection]):
         self._timeout_seconds = timeout_seconds
         self._pods = client.pods
         self._patience_seconds = client.patience_seconds
+        self._listening = threading.Lock()
         self._error: Exception | None = None
         self._connection: Connection
         self._may_move = 0.0  # not before this time
@@ -58,6 +61,18 @@ class BaseStream(Generic[Connection]):
     def delay_samples(self) -> int:
         """Samples by which the output lags behind the input; left out if the delay is compensated."""
         return self.started.delay_samples
+
+    @contextmanager
+    def _listen(self) -> Iterator[None]:
+        """Whoever is inside, and nobody else, hears the answers; raises BusyError."""
+        if not self._listening.acquire(blocking=False):
+            raise BusyError(
+                "another call waits for the answers of this stream; meanwhile only send may be called"
+            )
+        try:
+            yield
+        finally:
+            self._listening.release()
 
     def _tell(self, answer: Answer) -> Answer:
         if answer.message.HasField("audio"):

@@ -83,6 +83,10 @@ class EndedError(PercepNetError):
     """The stream, or its client, was closed, so nothing can be sent or received any more."""
 
 
+class BusyError(PercepNetError):
+    """Another call waits for the stream's answers, which this one would take from it."""
+
+
 class Conversation:
     """One stream's side of the talk, whatever server it is held with.
 

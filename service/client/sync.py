@@ -67,16 +67,18 @@ class _Connection:
 class LiveStream(BaseStream[_Connection]):
     """One live speaker; leave its `with` block, or call `end`, to give its place back.
 
-    `push`, `update`, `flush` and `end` wait for their answer. With `pipe`, or with `send` and `receive` from
-    two threads, audio flows both ways at once. A connection that is lost is taken up again where it broke, at
-    whatever server has room. All methods raise grpc.RpcError when that fails, or when the server refuses:
-    `code()` and `details()` say why.
+    `push`, `update`, `flush` and `end` wait for their answer; threads that call them take turns. With `pipe`,
+    or with `send` and `receive` from two threads, audio flows both ways at once; then `send` also takes
+    parameters and marks, and methods that would take answers away from `pipe` or `receive` raise BusyError. A
+    connection that is lost is taken up again where it broke, at whatever server has room. All methods raise
+    grpc.RpcError when that fails, or when the server refuses: `code()` and `details()` say why.
     """
 
     def __init__(self, client: "Client", talk: Conversation, timeout_seconds: float | None) -> None:
         super().__init__(client, talk, timeout_seconds)
         self._client = client
         self._changed = threading.Condition()
+        self._turn = threading.Lock()
         with self._changed:
             self._connect(self._attempts)
 
@@ -86,19 +88,19 @@ class LiveStream(BaseStream[_Connection]):
         Raises ParameterError if n is no multiple of a stated `message_samples`: the answer would wait for
         samples that nobody sends meanwhile.
         """
-        return np.concatenate([self._ask(piece).samples for piece in self._talk.pieces(samples)])
+        return np.concatenate([answer.samples for answer in self._ask(samples)])
 
     def update(self, controls: Controls) -> int:
         """Change the parameters; returns the number of the first input sample that they apply to."""
-        return self._ask(controls).position
+        return self._ask(controls)[0].position
 
     def flush(self) -> np.ndarray:
         """Return the tail of all that was sent; the next samples begin a new passage."""
-        return self._ask(Mark.FLUSH).samples
+        return self._ask(Mark.FLUSH)[0].samples
 
     def end(self) -> np.ndarray:
         """Return the tail and end the stream."""
-        return self._ask(Mark.END).samples
+        return self._ask(Mark.END)[0].samples
 
     def pipe(self, items: Iterable[Item], *, realtime: bool = False) -> Iterator[np.ndarray]:
         """Send all items and then the end; yields what comes back meanwhile, one array for each (see `send`).
@@ -118,9 +120,9 @@ class LiveStream(BaseStream[_Connection]):
             except Exception as error:
                 self._fail(error)
 
-        threading.Thread(target=speak, daemon=True).start()
-        with self:
-            while (answer := self.receive()) is not None:
+        with self._listen(), self:
+            threading.Thread(target=speak, daemon=True).start()
+            while (answer := self._next_answer()) is not None:
                 yield answer.samples
 
     def send(self, item: Item) -> None:
@@ -139,6 +141,34 @@ class LiveStream(BaseStream[_Connection]):
 
     def receive(self) -> Answer | None:
         """Wait for the answer to the oldest item that has none; None when the end was answered."""
+        with self._listen():
+            return self._next_answer()
+
+    def close(self) -> None:
+        """Hang up, whatever is under way."""
+        self._fail(EndedError("the stream was closed"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, item: Item) -> list[Answer]:
+        """Send an item, each message of it when the one before is answered."""
+        with self._turn, self._listen():
+            return [self._answer_to(piece) for piece in self._talk.pieces(item)]
+
+    def _answer_to(self, item: Item) -> Answer:
+        self.send(item)
+        answer = self._next_answer()
+        if answer is None:
+            raise EndedError("the stream was ended")
+        return answer
+
+    def _next_answer(self) -> Answer | None:
         while self._answers or not self._talk.ended:
             if self._answers:
                 return self._tell(self._answers.popleft())
@@ -162,25 +192,6 @@ class LiveStream(BaseStream[_Connection]):
                     self._move()
                 return self._tell(answer)
         return None
-
-    def close(self) -> None:
-        """Hang up, whatever is under way."""
-        self._fail(EndedError("the stream was closed"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _ask(self, item: Item) -> Answer:
-        self.send(item)
-        answer = self.receive()
-        if answer is None:
-            raise EndedError("the stream was ended")
-        return answer
 
     def _connect(self, attempts: Attempts) -> None:
         """Find a server; the lock is held, but for pauses."""
