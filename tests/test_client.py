@@ -766,6 +766,14 @@ def test_a_file_for_tls_that_cannot_be_read_is_told() -> None:
         Client("calls:50051", tls=Tls("none.pem"))
 
 
+@pytest.mark.parametrize("key", [f"{KEY}\n", f" {KEY}", "schlüssel", 5, KEY.encode()])
+def test_a_key_that_cannot_be_sent_is_told_and_not_repeated(key: Any) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ParameterError, match="the API key cannot be sent; accepted are") as told:
+            kind("calls:50051", api_key=key)
+        assert str(key).strip() not in str(told.value)
+
+
 def test_files_that_are_no_certificates_and_keys_are_told(certificates: dict[str, Path]) -> None:
     trust, certificate, key = (certificates[name] for name in ("authority", "client", "client_key"))
     for tls, told in (
@@ -792,7 +800,7 @@ def test_keys_and_certificates_open_the_door(enhancer: Enhancer, certificates: d
     tls = Tls(str(trust), certificates["client"], certificates["client_key"])
     with serving(enhancer, **choices) as target:
         names = Names(target)
-        with Client("calls:50051", tls=tls, api_key=KEY, resolver=names) as client:
+        with Client("dns:///calls:50051", tls=tls, api_key=KEY, resolver=names) as client:
             assert client.status().model_name == "random"
             stream = client.stream(RATE)
             assert sum(map(len, stream.pipe([noise(160)]))) == 160 + stream.delay_samples

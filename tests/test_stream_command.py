@@ -68,6 +68,7 @@ def test_the_output_is_that_of_enhancing_the_file(
         (["a.wav", "out.wav", "--target", "127.0.0.1:9"], 1, "127.0.0.1:9: failed to connect"),
         (["a.wav", "a.wav"], 2, "a.wav is the recording itself"),
         (["none.wav", "out.wav"], 1, "none.wav: No such file"),
+        (["a.wav", "out.wav", "--api-key", "schlüssel"], 2, "the API key cannot be sent"),
         (["many.wav", "out.wav"], 1, "all 4 live streams of this server are taken (RESOURCE_EXHAUSTED)"),
         (["cut.wav", "out.wav"], 1, "sample 100"),
         (["a.wav", "out.wav", "--root-certificates", "none.pem"], 2, "none.pem: No such file"),

@@ -94,13 +94,14 @@ class BaseStream(Generic[Connection]):
 class BaseClient(ABC, Generic[Channel, Stream]):
     """Streams and clips at the servers behind one name.
 
-    target: HOST:PORT; the streams spread over all addresses that the name has. tls: files for TLS; None
-    talks in the clear. api_key: sent with every call. multiplex: the streams to a server share one RPC, and
-    what is sent at about the same time one message, so that many speakers cost little. patience_seconds:
-    longest time without a server, when a stream is opened or its connection lost, before the error is raised;
-    full servers are asked again when they said.
+    target: HOST:PORT, or dns:///HOST:PORT; the streams spread over all addresses that the name has. tls:
+    files for TLS; None talks in the clear. api_key: sent with every call. multiplex: the streams to a server
+    share one RPC, and what is sent at about the same time one message, so that many speakers cost little.
+    patience_seconds: longest time without a server, when a stream is opened or its connection lost, before
+    the error is raised; full servers are asked again when they said.
     timeout_seconds: longest time for a unary call. resolver: looks the name up, and may block.
-    Raises ParameterError for a target of another form, and for files that cannot be used.
+    Raises ParameterError for a target of another form, a key that cannot be sent, and files that cannot be
+    used.
     """
 
     _maker: ClassVar[Any]

@@ -5,6 +5,7 @@ its streams evenly, leaves a full or a dead one alone for a while, and looks the
 """
 
 import random
+import re
 import socket
 import ssl
 import threading
@@ -102,8 +103,8 @@ class _Pod:
 class Pods(Generic[Channel]):
     """The servers behind one name, and a channel to each that is used. May be shared by threads.
 
-    target: HOST:PORT. maker: grpc or grpc.aio, which make channels alike. tls: None talks in the clear.
-    resolver: looks the name up.
+    target: HOST:PORT, or dns:///HOST:PORT. maker: grpc or grpc.aio, which make channels alike. tls: None
+    talks in the clear. resolver: looks the name up.
     Raises ParameterError for a target of another form, and for files that cannot be used.
     """
 
@@ -115,7 +116,7 @@ class Pods(Generic[Channel]):
         resolver: Resolver = look_up,
     ) -> None:
         try:
-            self._name = Address.parse(target)
+            self._name = Address.parse(target.removeprefix("dns:///"))
         except ValueError as error:
             raise ParameterError(f"the target {target!r}; accepted is {error}") from error
         self._maker = maker
@@ -317,5 +318,12 @@ def is_full(error: object) -> bool:
 
 
 def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    """What goes with every call."""
-    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+    """What goes with every call; raises ParameterError for a key that cannot."""
+    if api_key is None:
+        return ()
+    if not isinstance(api_key, str) or not re.fullmatch("[!-~]*", api_key):
+        raise ParameterError(
+            "the API key cannot be sent; accepted are letters, digits and punctuation of ASCII, "
+            "without spaces or line ends anywhere"
+        )
+    return (("authorization", f"Bearer {api_key}"),)
