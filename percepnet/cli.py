@@ -31,7 +31,7 @@ class Command:
 COMMANDS = {
     "enhance": Command("enhance audio files", "percepnet.recordings"),
     "info": Command("show the model, the delay and the CPU's path", "percepnet.info"),
-    "stream": Command("enhance a file through live streams of a server", "service.client.command"),
+    "stream": Command("enhance audio files through live streams of a server", "service.client.command"),
     "serve": Command("run the service", "service.serve"),
     "load": Command("measure what live streams cost a server", "service.load"),
     "oracle": Command("show what perfect gains would reach", "percepnet.oracle", "measure"),

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Enhance speech recordings. Each output has its input's sample rate, channels, length and, for PCM, "
         "bit depth, and no delay against it. Files that are cut short or hold NaN are refused."
     )
+    add_file_arguments(parser)
+    add_output_arguments(parser)
+    add_model_argument(parser)
+
+
+def add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what to read and where to write."""
     parser.add_argument(
         "inputs",
         nargs="+",
@@ -44,8 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for one file, a file or a folder with / at its end; for a folder, a pattern or several files, "
         "another folder, made if need be, where names stay (MP3 becomes .wav)",
     )
-    add_output_arguments(parser)
-    add_model_argument(parser)
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +102,7 @@ def controls_of(arguments: argparse.Namespace) -> Controls:
     return Controls(arguments.attenuation_limit_db, arguments.mix, arguments.postfilter)
 
 
-def check_target(source: Path, target: Path, arguments: argparse.Namespace) -> None:
+def _check_target(source: Path, target: Path, arguments: argparse.Namespace) -> None:
     """Raise ParameterError if a file is there that may not be replaced; the recording itself never may."""
     if not target.exists():
         return
@@ -108,19 +113,32 @@ def check_target(source: Path, target: Path, arguments: argparse.Namespace) -> N
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Enhance every file, tell what was done to each, and go on after one that fails."""
+    """Enhance every file with a model."""
     controls = controls_of(arguments)
-    jobs = list(_jobs(arguments.inputs, arguments.output, arguments.format))
+    jobs = jobs_of(arguments)
     enhancer = Enhancer(Model.load(arguments.model))
+
+    def work(source: Path, target: Path) -> str:
+        return in_words(_enhance_with_bar(source, target, controls, enhancer, arguments.format))
+
+    return enhance_all(jobs, work, arguments)
+
+
+def enhance_all(
+    jobs: list[tuple[Path, Path]], work: Callable[[Path, Path], str], arguments: argparse.Namespace
+) -> int:
+    """Enhance every file, tell what was done to each, and go on after one that fails.
+
+    work: writes one file, whose folder is there, and says what was done. Returns the exit status.
+    """
     n_failed = 0
     files = tqdm(jobs, unit="file", disable=None if len(jobs) > 1 else True, delay=BAR_DELAY_SECONDS)
-    with orderly_end():
+    with _orderly_end():
         for source, target in files:
             try:
-                check_target(source, target, arguments)
+                _check_target(source, target, arguments)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                summary = _enhance_with_bar(source, target, controls, enhancer, arguments.format)
-                tqdm.write(f"{source} → {target}: {in_words(summary)}", file=sys.stdout)
+                tqdm.write(f"{source} → {target}: {work(source, target)}", file=sys.stdout)
             except (PercepNetError, OSError) as error:
                 n_failed += 1
                 told = reason(error).removeprefix(f"{source}: ")
@@ -129,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def orderly_end() -> Iterator[None]:
+def _orderly_end() -> Iterator[None]:
     """Let SIGTERM, too, end the `with` blocks inside, so that no partial file stays behind."""
 
     def end(*_: object) -> None:
@@ -177,8 +195,14 @@ def in_words(summary: Summary) -> str:
     return words
 
 
+def jobs_of(arguments: argparse.Namespace) -> list[tuple[Path, Path]]:
+    """Pairs of a file to read and a file to write; raises ParameterError if they cannot be meant."""
+    if not all([*arguments.inputs, arguments.output]):
+        raise ParameterError("IN or OUT is empty; both need a name")
+    return list(_jobs(arguments.inputs, arguments.output, arguments.format))
+
+
 def _jobs(inputs: list[str], output: str, format: str | None) -> Iterator[tuple[Path, Path]]:
-    """Pairs of a file to read and a file to write."""
     folder = Path(output)
     sources = [pair for text in inputs for pair in _sources(text, folder)]
     to_folder = folder.is_dir() or output.endswith(os.sep)

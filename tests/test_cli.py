@@ -169,6 +169,8 @@ def test_controls_reach_the_enhancer(folder):
         ),
         (["a.wav", "out.wav", "--postfilter", "2"], 2, "postfilter: 2; accepted are 0 to 1"),
         (["a.wav", "b.wav", "out.wav"], 2, "need a folder as OUT"),
+        (["a.wav", ""], 2, "IN or OUT is empty"),
+        (["a.wav", "", "out"], 2, "IN or OUT is empty"),
         (["none*.wav", "out"], 2, "nothing matches none*.wav"),
         (["empty", "out"], 2, "empty holds no audio files"),
         (["deep", "./deep/"], 2, "deep is both IN and OUT; choose another folder"),

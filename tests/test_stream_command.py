@@ -65,12 +65,13 @@ def test_the_output_is_that_of_enhancing_the_file(
     ("arguments", "status", "message"),
     [
         (["a.wav", "out.wav", "--target", "nowhere"], 2, "the target 'nowhere'; accepted is HOST:PORT"),
-        (["a.wav", "out.wav", "--target", "127.0.0.1:9"], 1, "127.0.0.1:9: failed to connect"),
-        (["a.wav", "a.wav"], 2, "a.wav is the recording itself"),
-        (["none.wav", "out.wav"], 1, "none.wav: No such file"),
+        (["a.wav", "out.wav", "--target", "127.0.0.1:9"], 1, "a.wav: 127.0.0.1:9: failed to connect"),
+        (["a.wav", "a.wav"], 1, "a.wav: a.wav is the recording itself"),
+        (["a.wav", ""], 2, "IN or OUT is empty"),
+        (["none.wav", "out.wav"], 1, "percepnet: none.wav: No such file"),
         (["a.wav", "out.wav", "--api-key", "schlüssel"], 2, "the API key cannot be sent"),
-        (["many.wav", "out.wav"], 1, "all 4 live streams of this server are taken (RESOURCE_EXHAUSTED)"),
-        (["cut.wav", "out.wav"], 1, "sample 100"),
+        (["many.wav", "out.wav"], 1, "4 live streams of this server are taken (RESOURCE_EXHAUSTED)"),
+        (["cut.wav", "out.wav"], 1, "cut.wav: sample 100"),
         (["a.wav", "out.wav", "--root-certificates", "none.pem"], 2, "none.pem: No such file"),
         (["a.wav", "out.wav", "--certificate", "a.wav"], 2, "the key is missing"),
         (["a.wav", "out.wav", "--key", "a.wav"], 2, "the certificate is missing"),
@@ -91,6 +92,25 @@ def test_mistakes_are_told_in_one_line(folder, target, capsys, monkeypatch, argu
     assert message in output.err
     assert output.err.count("\n") == 1
     assert set(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("out", ["new/deep/a.wav", "new/", "there"])
+def test_out_may_be_a_folder_or_in_a_new_one(folder, target, out):
+    put("a.wav")
+    (folder / "there").mkdir()
+    assert main(["stream", "a.wav", out, "--target", target]) == 0
+    written = folder / out if out.endswith(".wav") else folder / out / "a.wav"
+    assert soundfile.info(written).frames == soundfile.info("a.wav").frames
+
+
+def test_several_files_go_into_a_folder(folder, target, capsys):
+    """What fails is named, and the others are done."""
+    put("a.wav")
+    put("b.flac")
+    Path("bad.wav").write_bytes(b"no audio")
+    assert main(["stream", "*.wav", "b.flac", "out", "--target", target]) == 1
+    assert {path.name for path in (folder / "out").iterdir()} == {"a.wav", "b.flac"}
+    assert "bad.wav: the file is not audio" in capsys.readouterr().err
 
 
 def test_key_and_certificate_are_used(folder, enhancer, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""`percepnet stream`: a file through live streams of a server, one for each channel."""
+"""`percepnet stream`: recordings through live streams of a server, one for each channel."""
 
 import argparse
 import asyncio
@@ -13,15 +13,16 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from percepnet.audio import ACCEPTED, AudioReader, AudioWriter, choose_encoding
+from percepnet.audio import AudioReader, AudioWriter, choose_encoding
 from percepnet.constants import HOP, SAMPLE_RATE
 from percepnet.errors import PercepNetError
 from percepnet.recordings import (
+    add_file_arguments,
     add_output_arguments,
-    check_target,
     controls_of,
+    enhance_all,
     in_words,
-    orderly_end,
+    jobs_of,
     progress_bar,
 )
 from percepnet.stream import FrameAdapter, Summary
@@ -43,11 +44,10 @@ class ServerError(PercepNetError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `percepnet stream`."""
     parser.description = (
-        "Enhance a recording through live streams of a running server, one for each channel. The output has "
-        "the input's sample rate, channels, length and, for PCM, bit depth, and no delay against it."
+        "Enhance recordings through live streams of a running server, one for each channel. Each output has "
+        "its input's sample rate, channels, length and, for PCM, bit depth, and no delay against it."
     )
-    parser.add_argument("input", metavar="IN", type=Path, help=f"a file: {ACCEPTED}, 8 to 192 kHz")
-    parser.add_argument("output", metavar="OUT", type=Path, help="a file")
+    add_file_arguments(parser)
     parser.add_argument(
         "--target", default="localhost:50051", metavar="HOST:PORT", help="the server (default: %(default)s)"
     )
@@ -69,22 +69,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Send the file, write what comes back, and tell what was done."""
-    source, target = arguments.input, arguments.output
-    check_target(source, target, arguments)
+def run(arguments: argparse.Namespace) -> int:
+    """Enhance every file with live streams."""
+    jobs, controls = jobs_of(arguments), controls_of(arguments)
     files = arguments.root_certificates, arguments.certificate, arguments.key
     tls = Tls(*files) if arguments.tls or any(files) else None
-    client = AsyncClient(
-        arguments.target, tls=tls, api_key=arguments.api_key, patience_seconds=PATIENCE_SECONDS
-    )
+
+    def client() -> AsyncClient:
+        return AsyncClient(
+            arguments.target, tls=tls, api_key=arguments.api_key, patience_seconds=PATIENCE_SECONDS
+        )
+
+    def work(source: Path, target: Path) -> str:
+        return _stream(source, target, client(), controls, arguments)
+
+    client()  # refuses at once what is wrong with it
+    return enhance_all(jobs, work, arguments)
+
+
+def _stream(
+    source: Path, target: Path, client: AsyncClient, controls: Controls, arguments: argparse.Namespace
+) -> str:
+    """Send one file, write what comes back; returns what was done."""
     started = time.perf_counter()
-    with orderly_end(), AudioReader(source) as reader, progress_bar(source) as show:
+    with AudioReader(source) as reader, progress_bar(source) as show:
         encoding = choose_encoding(target, arguments.format, reader)
         talk = _Talk(client, reader, realtime=arguments.realtime)
         with AudioWriter(target, encoding, reader.sample_rate, reader.channels, reader.n_samples) as writer:
             try:
-                asyncio.run(talk.run(controls_of(arguments), writer, show))
+                asyncio.run(talk.run(controls, writer, show))
             except grpc.RpcError as error:
                 raise ServerError(f"{arguments.target}: {error.details()} ({error.code().name})") from error
             except socket.gaierror as error:
@@ -96,7 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
         writer.clipped_samples,
         time.perf_counter() - started,
     )
-    print(f"{source} → {target}: {in_words(summary)}, {talk.in_words()}")
+    return f"{in_words(summary)}, {talk.in_words()}"
 
 
 class _Talk:
