@@ -22,6 +22,9 @@ from service.streams import Streams
 MAX_SECONDS = 60
 """The longest clip; so long may it also take to come, and its answer to be taken."""
 
+MAX_BYTES = messages.MAX_MESSAGE_BYTES - 1024
+"""Of a clip's samples: its message and the answer hold a little more."""
+
 MAX_CLIPS = 4
 """Clips held at once: they are short, and worked on in turn."""
 
@@ -73,7 +76,8 @@ class Clips:
         rate = messages.rate(request.sample_rate_hz, "sample_rate_hz")
         encoding = messages.encoding(request.encoding, "encoding")
         controls = messages.controls(request.parameters, "parameters")
-        samples = messages.samples(request.audio, encoding, rate * MAX_SECONDS)
+        longest = min(rate * MAX_SECONDS, MAX_BYTES // encoding.itemsize)
+        samples = messages.samples(request.audio, encoding, longest)
         if not len(samples):
             raise ParameterError("audio: empty; at least one sample is needed")
         line |= {"sample_rate_hz": rate, "audio_seconds": round(len(samples) / rate, 6)}

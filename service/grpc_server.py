@@ -36,11 +36,8 @@ CONNECTION_AGE_SECONDS = 5
 """After this time a caller is asked for a new connection, which may reach another worker of this service; the
 streams it has go on."""
 
-_TRANSPORT_LIMIT_BYTES = 12 * 1024 * 1024  # a clip of 60 s as floats at 48 kHz
-
 _OPTIONS = (
-    ("grpc.max_receive_message_length", _TRANSPORT_LIMIT_BYTES),
-    ("grpc.max_send_message_length", _TRANSPORT_LIMIT_BYTES),
+    ("grpc.max_receive_message_length", messages.MAX_MESSAGE_BYTES),
     ("grpc.http2.bdp_probe", 0),  # windows that grow would let a caller pile up audio in the transport
     ("grpc.keepalive_time_ms", 20_000),  # notices callers that vanished
     ("grpc.keepalive_timeout_ms", 10_000),

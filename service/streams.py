@@ -22,9 +22,9 @@ from service.messages import pb
 from service.metrics import Metrics
 from service.settings import Settings
 
-MAX_NOT_BEGUN = 256
-"""Callers that may be waited for to begin: they take no place, but some memory. The one that was silent for
-longest gives way to the next."""
+MAX_NOT_BEGUN = 32
+"""Callers that may be waited for to begin: they take no place, but memory, each as much as a message may have
+if it sends one and does not end it. The one that was silent for longest gives way to the next."""
 
 MAX_UNANSWERED = 1024
 """Messages of a stream that may be unanswered, however short they are: 480 of one sample each may have to

@@ -34,6 +34,7 @@ from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 from service.streams import MAX_NOT_BEGUN, Conversation
 
 STREAM = "/percepnet_service.v1.EnhancementService/EnhanceStream"
+MAXINE = "/nvidia.maxine.bnr.v1.MaxineBNR/EnhanceAudio"
 RATE = 16_000
 CONFIG = pb.StreamConfig(sample_rate_hz=RATE, encoding=pb.ENCODING_S16LE)
 Request = pb.EnhanceStreamRequest
@@ -332,7 +333,7 @@ def test_a_crowd_that_never_speaks_keeps_nobody_out(service: Service) -> None:
         call = service.channel.stream_stream(method)
         return [call(nothing(), timeout=TIMEOUT_SECONDS) for _ in range(MAX_NOT_BEGUN // 2)]
 
-    oldest, *others = [call for method in (STREAM, f"{STREAM}s", STREAM) for call in calls(method)]
+    oldest, *others = [call for method in (MAXINE, f"{STREAM}s", STREAM) for call in calls(method)]
     assert oldest.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "begin at once" in oldest.details()
     assert dict(oldest.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"

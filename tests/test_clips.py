@@ -17,13 +17,14 @@ import pytest
 from conftest import export_random_model
 from running import TIMEOUT_SECONDS
 
+from service.clips import MAX_BYTES
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads memory as Linux tells it")
 
 CLIP = "/percepnet_service.v1.EnhancementService/EnhanceClip"
 TOO_LONG = pb.EnhanceClipRequest(
-    sample_rate_hz=48_000, encoding=pb.ENCODING_F32LE, audio=bytes(4 * (60 * 48_000 + 1))
+    sample_rate_hz=48_000, encoding=pb.ENCODING_F32LE, audio=bytes(MAX_BYTES + 4)
 ).SerializeToString()
 CLIP_MB = len(TOO_LONG) / 1e6
 
@@ -70,7 +71,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
 def test_refused_clips_one_after_another_take_the_memory_of_a_few(service: Service) -> None:
     with service.channel() as channel:
         for _ in range(30):
-            with pytest.raises(grpc.RpcError, match="2880001 samples; accepted are 2880000"):
+            with pytest.raises(grpc.RpcError, match="1048321 samples; accepted are 1048320"):
                 channel.unary_unary(CLIP)(TOO_LONG, timeout=TIMEOUT_SECONDS)
     assert service.grown_clips < 12
 

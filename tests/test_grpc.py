@@ -262,6 +262,17 @@ def test_a_clip_is_enhanced_without_delay(service: Service, enhancer: Enhancer) 
     np.testing.assert_array_equal(clean, expected)
 
 
+@pytest.mark.parametrize(("rate", "longest"), [(8_000, 480_000), (48_000, 1_048_320)])
+def test_the_longest_clip_fits_what_grpc_takes_by_default(service: Service, rate: int, longest: int) -> None:
+    samples = noise(longest + 1)
+    assert len(clip(service, samples[:-1], rate).result().audio) == 4 * longest
+    refused = clip(service, samples, rate)
+    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.details() == f"audio: {longest + 1} samples; accepted are {longest} in a message"
+    with pytest.raises(ParameterError, match=f"{longest + 1} samples; a clip takes {longest}"):
+        service.client.enhance(samples, rate)
+
+
 def test_a_clip_without_audio_is_refused(service: Service) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         service.client.enhance(noise(0), RATE)
@@ -460,9 +471,9 @@ def test_a_stream_that_outlives_the_grace_is_told(enhancer: Enhancer) -> None:
         assert told.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def clip(service: Service, samples: np.ndarray) -> Any:
+def clip(service: Service, samples: np.ndarray, rate: int = RATE) -> Any:
     """Send a clip; the answer is to come."""
-    request = pb.EnhanceClipRequest(sample_rate_hz=RATE, encoding=pb.ENCODING_F32LE, audio=samples.tobytes())
+    request = pb.EnhanceClipRequest(sample_rate_hz=rate, encoding=pb.ENCODING_F32LE, audio=samples.tobytes())
     method = service.channel.unary_unary(
         "/percepnet_service.v1.EnhancementService/EnhanceClip",
         pb.EnhanceClipRequest.SerializeToString,

@@ -405,7 +405,10 @@ class AsyncClient(BaseClient[grpc.aio.Channel, _Opening]):
     async def enhance(
         self, samples: np.ndarray, sample_rate: int, *, controls: Controls = Controls()
     ) -> np.ndarray:
-        """Enhance a clip, float32 (n,) with full scale ±1, up to a minute; as long, and not delayed."""
+        """Enhance a clip, float32 (n,) with full scale ±1; as long, and not delayed.
+
+        It may have a minute, at 48 kHz 21 s; raises ParameterError for a longer one.
+        """
         request = clip_request(samples, sample_rate, controls)
         response = await self._unary("EnhanceClip", request, pb.EnhanceClipResponse)
         return pcm.decode(response.audio, pcm.F32LE)

@@ -33,6 +33,10 @@ MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 48_000
 MESSAGE_SECONDS = 1
 """The longest audio message."""
 
+CLIP_SECONDS = 60
+CLIP_SAMPLES = 1_048_320
+"""The longest clip: so many floats fit in a message."""
+
 WINDOW_SECONDS = 1.0
 """Audio that may be unanswered before sending waits: what a server takes by default."""
 
@@ -292,11 +296,15 @@ class Pace:
 
 def clip_request(samples: np.ndarray, sample_rate: int, controls: Controls) -> pb.EnhanceClipRequest:
     """Asks for a clip, float32 (n,); raises ParameterError."""
+    rate, audio = _rate(sample_rate), _encode(samples)
+    n_samples, longest = len(audio) // pcm.F32LE.itemsize, min(CLIP_SECONDS * rate, CLIP_SAMPLES)
+    if n_samples > longest:
+        raise ParameterError(f"{n_samples} samples; a clip takes {longest}, a stream any number")
     return pb.EnhanceClipRequest(
-        sample_rate_hz=_rate(sample_rate),
+        sample_rate_hz=rate,
         encoding=pb.ENCODING_F32LE,
         parameters=_parameters(controls),
-        audio=_encode(samples),
+        audio=audio,
     )
 
 

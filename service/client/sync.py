@@ -320,7 +320,10 @@ class Client(BaseClient[grpc.Channel, LiveStream]):
     def enhance(
         self, samples: np.ndarray, sample_rate: int, *, controls: Controls = Controls()
     ) -> np.ndarray:
-        """Enhance a clip, float32 (n,) with full scale ±1, up to a minute; as long, and not delayed."""
+        """Enhance a clip, float32 (n,) with full scale ±1; as long, and not delayed.
+
+        It may have a minute, at 48 kHz 21 s; raises ParameterError for a longer one.
+        """
         response = self._unary(
             "EnhanceClip", clip_request(samples, sample_rate, controls), pb.EnhanceClipResponse
         )
