@@ -113,9 +113,14 @@ class _SequentialFile(soundfile.SoundFile):
     """
 
     def __init__(self, file: int | Path | BinaryIO, *arguments: Any, **options: Any) -> None:
-        self._called = None if isinstance(file, int | Path) else _CallersFile(file)
+        self._called: _CallersFile | None = None
+        to_open: Any = file
+        if isinstance(file, Path):
+            to_open = os.fsencode(file)  # soundfile knows no names beyond the locale's letters
+        elif not isinstance(file, int):
+            to_open = self._called = _CallersFile(file)
         try:
-            super().__init__(self._called or file, *arguments, closefd=False, **options)
+            super().__init__(to_open, *arguments, closefd=False, **options)
         except soundfile.LibsndfileError:
             with self._raising():
                 raise

@@ -129,6 +129,30 @@ def test_a_recording_is_never_replaced_by_its_own_output(folder, model, capsys, 
     assert "the recording itself" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.parametrize("name", ["blåbär".encode(), b"bl\xe5"])
+def test_a_name_that_cannot_be_printed_is_written_and_told_with_escapes(folder, model, locale, name):
+    put(folder / "a.wav")
+    os.rename("a.wav", name + b".wav")
+    python = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [
+        sys.executable,
+        "-m",
+        "percepnet.cli",
+        "enhance",
+        name + b".wav",
+        name + b"-out/",
+        "--model",
+        model,
+    ]
+    result = subprocess.run(
+        command, env={**os.environ, "LC_ALL": locale, **python}, capture_output=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout.count(b"\n") == 1
+    assert os.listdir(name + b"-out") == [name + b".wav"]
+
+
 def test_a_bad_file_is_named_and_the_others_are_done(folder, model, capsys):
     put(folder / "in" / "a.wav")
     (folder / "in" / "bad.wav").write_bytes(b"no audio")
