@@ -51,6 +51,17 @@ def _whole(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+MAX_WORKERS = 8 * len(cores.usable())
+"""More only take each other's time."""
+
+
+def _workers(text: str) -> int:
+    value = _whole(1)(text)
+    if value > MAX_WORKERS:
+        raise ValueError(f"at most {MAX_WORKERS}: 8 for each core that the process may use")
+    return value
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -124,7 +135,7 @@ class Settings:
     workers: int | None = field(
         default=None,
         metadata=_meaning(
-            _whole(1), "processes that serve", unset="one for each core that the process may use"
+            _workers, "processes that serve", unset="one for each core that the process may use"
         ),
     )
     file_workers: int = field(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from service import cores
 from service.settings import Address, Origins, Settings, SettingsError, add_arguments, unknown_variables
 
 
@@ -66,6 +67,8 @@ def test_flags_of_other_commands_are_not_settings() -> None:
         ("HTTP_LISTEN", "localhost:65536"),
         ("HTTP_LISTEN", "tcp://10.0.0.1:8080"),
         ("HTTP_LISTEN", "::1:8080"),
+        ("WORKERS", "0"),
+        ("WORKERS", str(8 * len(cores.usable()) + 1)),
         ("FILE_WORKERS", "0"),
         ("FILE_WORKERS", "two"),
         ("MAX_REQUESTS", "-1"),
