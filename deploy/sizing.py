@@ -216,13 +216,23 @@ def _poisson(mean: float, chance: random.Random) -> int:
     return count
 
 
+def _from(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r}; accepted is a whole number from {minimum} up")
+        return int(text)
+
+    return parse
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peak", type=int, default=600, help="streams at once in the busy hours")
-    parser.add_argument("--capacity", type=int, default=capacity(), help="streams that a pod admits")
+    parser.add_argument("--peak", type=_from(1), default=600, help="streams at once in the busy hours")
+    # With a capacity of 1 nothing would be left to aim at.
+    parser.add_argument("--capacity", type=_from(2), default=capacity(), help="streams that a pod admits")
     parser.add_argument("--grace", type=float, default=570.0, help="PERCEPNET_SHUTDOWN_GRACE_SECONDS")
     parser.add_argument(
         "--start", type=float, default=150.0, help="seconds until a new pod is ready, at worst"

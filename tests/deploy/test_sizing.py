@@ -96,6 +96,18 @@ def test_calls_end_within_the_grace_or_are_cut() -> None:
     assert patient.cut == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "least"), [("--peak", "0", 1), ("--capacity", "1", 2), ("--capacity", "-3", 2)]
+)
+def test_sizes_that_cannot_be_meant_are_told_in_one_line(monkeypatch, capsys, option, value, least) -> None:
+    monkeypatch.setattr(sys, "argv", ["sizing.py", f"{option}={value}"])
+    with pytest.raises(SystemExit) as ended:
+        sizing.main()
+    assert ended.value.code == 2
+    expected = f"argument {option}: '{value}'; accepted is a whole number from {least} up\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
 def test_the_guide_shows_what_the_command_prints() -> None:
     """One row: all of them would take half a minute."""
     capacity = sizing.capacity()
