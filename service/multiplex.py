@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import grpc
 
+from percepnet.errors import ParameterError
 from service import messages
 from service.callers import Caller
 from service.errors import (
@@ -17,7 +18,6 @@ from service.errors import (
     IdleError,
     SlowReaderError,
     StoppingError,
-    TooLargeError,
     answer_for,
     told,
 )
@@ -218,7 +218,7 @@ def _is_known(writer: asyncio.Task[None]) -> None:
 
 def _parsed(data: bytes) -> pb.EnhanceStreamsRequest:
     if len(data) > MAX_MESSAGE_BYTES:
-        raise TooLargeError(f"a message of {len(data)} bytes; accepted are {MAX_MESSAGE_BYTES}")
+        raise ParameterError(f"sessions: {len(data)} bytes; accepted are {MAX_MESSAGE_BYTES} in a message")
     return messages.parse(pb.EnhanceStreamsRequest, data)
 
 
