@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import trustme
 from running import Link, eventually, running
 
 from percepnet.enhancer import Enhancer
-from percepnet.errors import ParameterError
 from percepnet.stream import enhance
 from percepnet.synthesis import Controls
 from service import keys
@@ -30,10 +29,12 @@ from service.client import (
     AsyncClient,
     AsyncLiveStream,
     BusyError,
+    CallError,
     Client,
     EndedError,
     LiveStream,
     Mark,
+    ParameterError,
     Tls,
     conversation,
     pods,
@@ -204,6 +205,52 @@ def test_a_server_that_refuses_is_not_asked_again(
     with Client(target, multiplex=multiplex) as client, pytest.raises(grpc.RpcError) as refused:
         client.stream(96_000)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@each_way
+def test_errors_of_calls_are_of_one_kind_and_one_line(
+    enhancer: Enhancer, monkeypatch: pytest.MonkeyPatch, multiplex: bool
+) -> None:
+    """Refused, no room for longer than the patience, and lost for good."""
+    monkeypatch.setattr(conversation, "MAX_RATE_HZ", 96_000)
+    choices: Any = {"multiplex": multiplex, "patience_seconds": 0}
+    told: list[str] = []
+
+    def fail(client: Client, rate: int) -> None:
+        with pytest.raises(CallError) as raised:
+            client.stream(rate)
+        told.append(str(raised.value))
+
+    async def fail_async(client: AsyncClient, rate: int) -> None:
+        with pytest.raises(CallError) as raised:
+            await client.stream(rate)
+        told.append(str(raised.value))
+
+    async def main(target: str, server: ExitStack) -> None:
+        async with AsyncClient(target, **choices) as client, client.stream(RATE):
+            await fail_async(client, 96_000)
+            await fail_async(client, RATE)
+            await asyncio.to_thread(server.close)
+            await fail_async(client, RATE)
+
+    with ExitStack() as server:
+        target = server.enter_context(serving(enhancer, max_streams=1, shutdown_grace_seconds=0.1))
+        with Client(target, **choices) as client, client.stream(RATE):
+            fail(client, 96_000)
+            fail(client, RATE)
+            server.close()
+            fail(client, RATE)
+    with ExitStack() as server:
+        target = server.enter_context(serving(enhancer, max_streams=1, shutdown_grace_seconds=0.1))
+        asyncio.run(main(target, server))
+    ends = [
+        "config.sample_rate_hz: 96000; accepted are 8000 to 48000 (INVALID_ARGUMENT)",
+        "all 1 live streams of this server are taken (RESOURCE_EXHAUSTED)",
+        "(UNAVAILABLE)",
+    ]
+    for line, end in zip(told, ends * 2, strict=True):
+        assert line.endswith(end)
+        assert "\n" not in line
 
 
 @pytest.mark.parametrize("value", [-1, 2**40, "16000", 16_000.5, None])

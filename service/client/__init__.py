@@ -1,8 +1,9 @@
 """A client of the gRPC interface: live streams and short clips, from plain Python and from asyncio."""
 
+from percepnet.errors import ParameterError
 from service.client.aio import AsyncClient, AsyncLiveStream
 from service.client.conversation import Answer, BusyError, EndedError, Mark
-from service.client.pods import Tls
+from service.client.pods import CallError, Tls
 from service.client.sync import Client, LiveStream
 
 __all__ = [
@@ -10,9 +11,11 @@ __all__ = [
     "AsyncClient",
     "AsyncLiveStream",
     "BusyError",
+    "CallError",
     "Client",
     "EndedError",
     "LiveStream",
     "Mark",
+    "ParameterError",
     "Tls",
 ]

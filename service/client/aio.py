@@ -31,6 +31,7 @@ from service.client.pods import (
     LOOK_UP_SECONDS,
     MOVE_SECONDS,
     Attempts,
+    CallError,
 )
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
@@ -74,10 +75,7 @@ class _Connection:
             if not self._write_failed or error.code() is not grpc.StatusCode.INTERNAL:
                 raise
             # What gRPC makes of a message that it could not write.
-            nothing = grpc.aio.Metadata()
-            raise grpc.aio.AioRpcError(
-                grpc.StatusCode.UNAVAILABLE, nothing, nothing, "the connection broke"
-            ) from error
+            raise CallError(grpc.StatusCode.UNAVAILABLE, "the connection broke") from error
         if response is grpc.aio.EOF:
             raise EndedError("the server ended the stream before its end was asked for")
         return response
@@ -97,7 +95,7 @@ class AsyncLiveStream(BaseStream[_Connection]):
     or with `send` and `receive` from two tasks, audio flows both ways at once; then `send` also takes
     parameters and marks, and methods that would take answers away from `pipe` or `receive` raise BusyError. A
     connection that is lost is taken up again where it broke, at whatever server has room. All methods raise
-    grpc.RpcError when that fails, or when the server refuses: `code()` and `details()` say why.
+    CallError when that fails, or when the server refuses: `code()` and `details()` say why.
     """
 
     def __init__(self, client: "AsyncClient", talk: Conversation, timeout_seconds: float | None) -> None:

@@ -101,7 +101,8 @@ class BaseClient(ABC, Generic[Channel, Stream]):
     the error is raised; full servers are asked again when they said.
     timeout_seconds: longest time for a unary call. resolver: looks the name up, and may block.
     Raises ParameterError for a target of another form, a key that cannot be sent, and files that cannot be
-    used.
+    used. Opening a stream, and calls, raise CallError if the server refuses, has no room for longer than the
+    patience, or is not there, OSError for a name that nobody knows, and EndedError after `close`.
     """
 
     _maker: ClassVar[Any]

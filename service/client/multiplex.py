@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from service.client.conversation import SERVICE, Request, Response
-from service.client.pods import is_full
+from service.client.pods import CallError, is_full
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
 METHOD = f"{SERVICE}/EnhanceStreams"
@@ -29,48 +29,19 @@ MESSAGE_BYTES = 1024 * 1024
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-class SessionError(grpc.RpcError):
-    """How a session ended, in the words of an RPC's error."""
-
-    def __init__(self, code: grpc.StatusCode, details: str, retry_seconds: float = 0.0) -> None:
-        super().__init__(f"{details} ({code.name})")
-        self._code = code
-        self._details = details
-        self._retry_seconds = retry_seconds
-
-    @classmethod
-    def of(cls, ended: pb.SessionEnded) -> "SessionError":
-        """What the server told."""
-        code = _CODES.get(ended.code, grpc.StatusCode.UNKNOWN)
-        return cls(code, ended.message, ended.retry_seconds)
-
-    def code(self) -> grpc.StatusCode:
-        """The status."""
-        return self._code
-
-    def details(self) -> str:
-        """The reason."""
-        return self._details
-
-    def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
-        """When to come back, if that helps."""
-        pause = round(1000 * self._retry_seconds)
-        return (("grpc-retry-pushback-ms", str(pause)),) if pause else ()
-
-
-class _HungUpError(SessionError):
+class _HungUpError(CallError):
     """We hung up ourselves."""
 
     def __init__(self) -> None:
         super().__init__(grpc.StatusCode.CANCELLED, "the stream was hung up")
 
 
-def _broke() -> SessionError:
-    return SessionError(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+def _broke() -> CallError:
+    return CallError(grpc.StatusCode.UNAVAILABLE, "the connection broke")
 
 
-def _late() -> SessionError:
-    return SessionError(grpc.StatusCode.DEADLINE_EXCEEDED, "the stream's time is over")
+def _late() -> CallError:
+    return CallError(grpc.StatusCode.DEADLINE_EXCEEDED, "the stream's time is over")
 
 
 _Told: TypeAlias = Response | grpc.RpcError | None
@@ -101,7 +72,10 @@ class _Batches:
 def _told(response: pb.SessionResponse) -> _Told:
     if response.HasField("response"):
         return response.response
-    return SessionError.of(response.ended) if response.ended.code else None
+    ended = response.ended
+    if not ended.code:
+        return None
+    return CallError(_CODES.get(ended.code, grpc.StatusCode.UNKNOWN), ended.message, ended.retry_seconds)
 
 
 class Trunk:

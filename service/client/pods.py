@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from percepnet.errors import ParameterError, reason
+from percepnet.errors import ParameterError, PercepNetError, reason
 from service.client.conversation import EndedError
 from service.settings import Address
 
@@ -44,6 +44,34 @@ Resolver = Callable[[str, int], Iterable[str]]
 """Host and port → addresses HOST:PORT; blocks, and raises OSError."""
 
 Channel = TypeVar("Channel")
+
+
+class CallError(grpc.RpcError, PercepNetError):
+    """A server refused, had no room for longer than the patience, or was lost for good: `code` says which."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, retry_seconds: float = 0.0) -> None:
+        super().__init__(f"{details} ({code.name})")
+        self._code = code
+        self._details = details
+        self._retry_seconds = retry_seconds
+
+    @classmethod
+    def of(cls, error: grpc.RpcError) -> "CallError":
+        """The same for an error of any kind of call."""
+        return cls(error.code(), error.details() or "", pushback_seconds(error) or 0.0)
+
+    def code(self) -> grpc.StatusCode:
+        """The status."""
+        return self._code
+
+    def details(self) -> str:
+        """The reason."""
+        return self._details
+
+    def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+        """When to come back, if that helps."""
+        pause = round(1000 * self._retry_seconds)
+        return (("grpc-retry-pushback-ms", str(pause)),) if pause else ()
 
 
 @dataclass(frozen=True)
@@ -269,28 +297,28 @@ class Attempts:
         return self._pods.choose(anyway=self._error is None)
 
     def lost(self, address: str, error: grpc.RpcError) -> None:
-        """Take note of a connection that broke; raises the error where trying again is no use."""
+        """Take note of a connection that broke; raises CallError where trying again is no use."""
         late = self._broken and time.monotonic() > self._deadline
         if late or error.code() not in _LOST:
-            raise error
+            raise CallError.of(error) from None
         self._pods.avoid(address)
         if self._broken:
-            self._error = error  # the same server is not tried at once a second time
+            self._error = CallError.of(error)  # the same server is not tried at once a second time
         self._broken = True
 
     def failed(self, address: str, error: grpc.RpcError) -> None:
-        """Take note of a server that did not take the call; raises the error where trying again is no use."""
+        """Take note of a server that did not take the call; raises CallError where trying again is no use."""
         full, pause = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, pushback_seconds(error)
         if full and pause is not None:
             self._pods.avoid(address, pause)
-            self._error = error
+            self._error = CallError.of(error)
         elif error.code() in _LOST:
             self._pods.avoid(address)
             # That one server is full says more than that another one is not there.
             if not is_full(self._error):
-                self._error = error
+                self._error = CallError.of(error)
         else:
-            raise error
+            raise CallError.of(error) from None
 
     def not_found(self, error: OSError) -> None:
         """Take note that the name could not be looked up."""

@@ -71,7 +71,7 @@ class LiveStream(BaseStream[_Connection]):
     or with `send` and `receive` from two threads, audio flows both ways at once; then `send` also takes
     parameters and marks, and methods that would take answers away from `pipe` or `receive` raise BusyError. A
     connection that is lost is taken up again where it broke, at whatever server has room. All methods raise
-    grpc.RpcError when that fails, or when the server refuses: `code()` and `details()` say why.
+    CallError when that fails, or when the server refuses: `code()` and `details()` say why.
     """
 
     def __init__(self, client: "Client", talk: Conversation, timeout_seconds: float | None) -> None:
