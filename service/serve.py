@@ -3,11 +3,12 @@
 import argparse
 import os
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
+from percepnet.errors import reason
 from service import cores, logs, wakeups
 from service.settings import Settings, SettingsError, add_arguments, unknown_variables
-from service.supervisor import Supervisor
+from service.supervisor import CANNOT_LISTEN, Supervisor, listening
 
 __all__ = ["add_arguments", "run"]
 
@@ -24,6 +25,12 @@ def run(args: argparse.Namespace) -> int:
     n_workers = settings.workers or cores.count()
     if n_workers > 1:
         return Supervisor(settings, vars(args), n_workers).run()
+    try:
+        with ExitStack() as held:
+            listening(settings, held)
+    except OSError as error:
+        logs.logger.error(CANNOT_LISTEN, reason(error))
+        return 1
 
     cores.share_calmly()
     wakeups.read_directly()

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import Any, Self
 
+from percepnet.errors import reason
 from service import board
 from service.board import Board
 from service.logs import logger
@@ -26,6 +27,8 @@ STEADY_SECONDS = 10.0
 """A worker that was lost after so long is replaced at once; sooner, after a pause that doubles each time."""
 
 LONGEST_PAUSE_SECONDS = 30.0
+
+CANNOT_LISTEN = "cannot listen; --http-listen and --grpc-listen choose where: %s"
 
 _GRACE_SECONDS = 5.0
 """What a worker gets beyond the grace that it was told, before it is killed."""
@@ -87,7 +90,7 @@ class Supervisor:
             try:
                 self._open(held)
             except OSError as error:
-                logger.error("cannot listen; --http-listen and --grpc-listen choose where: %s", error)
+                logger.error(CANNOT_LISTEN, reason(error))
                 return 1
             for worker in self._workers:
                 self._start(worker)
@@ -96,12 +99,8 @@ class Supervisor:
     def _open(self, held: ExitStack) -> None:
         """Take both ports, and a pipe whose end tells the workers that this process is gone."""
         # HTTP has one queue of connections, from which the workers that are idle take them.
-        self._http = held.enter_context(_bound(self._settings.http_listen))
-        self._http.listen(2048)
-        # For gRPC each worker listens itself; this socket only keeps the port theirs. Binding it once without
-        # sharing shows whether somebody else has it, who might share it too.
-        with _bound(self._settings.grpc_listen) as probe:
-            probe.listen()
+        self._http = listening(self._settings, held)
+        # For gRPC each worker listens itself; this socket only keeps the port theirs.
         self._grpc = held.enter_context(_bound(self._settings.grpc_listen, shared=True))
         self._alive, kept = os.pipe()
         held.callback(os.close, kept)
@@ -275,6 +274,16 @@ class _Signals:
 
     def _came(self, kind: int, frame: FrameType | None) -> None:
         self.count += kind != signal.SIGCHLD
+
+
+def listening(settings: Settings, held: ExitStack) -> socket.socket:
+    """A socket that listens for HTTP; raises OSError with the address if a port cannot be had."""
+    http = held.enter_context(_bound(settings.http_listen))
+    http.listen(2048)
+    # Binding it without sharing shows whether somebody else has gRPC's port, who might share it too.
+    with _bound(settings.grpc_listen) as probe:
+        probe.listen()
+    return http
 
 
 def _bound(address: Address, *, shared: bool = False) -> socket.socket:

@@ -28,6 +28,8 @@ serve.add_arguments(parser)
 raise SystemExit(serve.run(parser.parse_args()))
 """
 
+ANYWHERE = ["--http-listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0"]
+
 SANDBOX = """
 import os
 def refuse(*arguments):
@@ -44,7 +46,8 @@ def test_a_setting_that_cannot_be_meant_is_told_in_one_line(capsys: pytest.Captu
 
 
 def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SERVE, "--workers", "1", "--model", str(tmp_path / "model.onnx")]
+    model = ["--model", str(tmp_path / "model.onnx")]
+    command = [sys.executable, "-c", SERVE, "--workers", "1", *ANYWHERE, *model]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 1
     assert ended.stderr.startswith("percepnet serve: ")
@@ -57,8 +60,7 @@ def started(
 ) -> Iterator[tuple[subprocess.Popen[str], list[dict[str, Any]]]]:
     """A process that serves, and the lines of its log so far; the others are added when the block ends."""
     model = export_random_model(tmp_path, fc=32, conv=64, gru=64, strength_gru=32)
-    listen = ["--http-listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0"]
-    command = [sys.executable, "-c", code, "--workers", "1", "--model", str(model), *listen]
+    command = [sys.executable, "-c", code, "--workers", "1", "--model", str(model), *ANYWHERE]
     with subprocess.Popen(
         command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
     ) as process:

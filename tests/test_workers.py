@@ -385,15 +385,18 @@ def test_a_service_that_cannot_start_tells_why_once(tmp_path: Path) -> None:
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("flag", ["--http-listen", "--grpc-listen"])
-def test_a_port_that_is_taken_is_told(flag: str) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+def test_an_address_that_cannot_be_had_is_told(host: str, flag: str, workers: str) -> None:
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        command = [*COMMAND, *ANYWHERE, flag, address, "--workers", "2"]
+        address = f"{host}:{taken.getsockname()[1]}"
+        command = [*COMMAND, *ANYWHERE, flag, address, "--workers", workers]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert ended.returncode == 1
-    assert address in ended.stderr
-    assert flag in ended.stderr
+    (line,) = ended.stderr.splitlines()
+    told = "cannot listen; --http-listen and --grpc-listen choose where: "
+    assert json.loads(line)["message"].startswith(f"{told}{address}: ")
 
 
 def test_workers_end_with_their_supervisor(service: Service) -> None:
