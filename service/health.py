@@ -14,13 +14,18 @@ class Health:
 
 
 def routes(health: Health) -> APIRouter:
-    """`/healthz` answers while the process lives; `/readyz` turns to 503 as soon as it is told to stop."""
+    """`/healthz` answers while the process lives; `/readyz` turns to 503 as soon as it is told to stop.
+
+    HEAD is for load balancers that ask so.
+    """
     router = APIRouter(tags=["operation"])
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", summary="Is the process alive?")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get(
         "/readyz", summary="May it be sent work?", responses={503: {"description": "It is stopping."}}
     )

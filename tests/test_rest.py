@@ -574,6 +574,17 @@ def test_liveness_and_readiness(random_model: Model) -> None:
         assert (response.status_code, response.json()) == (503, {"status": "stopping"})
 
 
+def test_load_balancers_may_ask_with_head(random_model: Model) -> None:
+    """It gets the answer to GET but for the body."""
+    with serving(Enhancer(random_model)) as service:
+        for stopping in (False, True):
+            service.server.health.stopping = stopping
+            for path in ("/healthz", "/readyz"):
+                got, asked = service.http.get(path), service.http.head(path)
+                assert (asked.status_code, asked.content) == (got.status_code, b"")
+                assert asked.headers["content-length"] == got.headers["content-length"]
+
+
 def test_the_model_is_described(service: Service, random_model: Model) -> None:
     model = service.http.get("/v1/model").json()
     assert model["sha256"] == random_model.manifest.sha256
