@@ -201,5 +201,10 @@ def create_app(
     async def stream(websocket: WebSocket) -> None:
         await websocket_stream.serve(websocket, streams, access)
 
+    @app.websocket("/{path:path}")
+    async def no_such_stream(websocket: WebSocket) -> None:
+        detail = f"{websocket.url.path} is no WebSocket; /v1/stream is"
+        await websocket.send_denial_response(problem_response(404, "not_found", detail, {}))
+
     app.include_router(health.routes(state))
     return app

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import running
 from running import TIMEOUT_SECONDS
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from percepnet.enhancer import Enhancer
@@ -217,6 +217,15 @@ def test_one_stream_too_many_is_told_and_places_come_back(service: Service) -> N
             assert (error["code"], error["retry_seconds"]) == ("busy", 1)
             assert ending(call) == (4503, "all 4 live streams of this server are taken")
     service.wait_for("percepnet_streams_active", 0)
+
+
+@pytest.mark.parametrize("path", ["/v1/streams", "/enhance", "/v1/stream/"])
+def test_another_path_is_told_to_be_wrong(service: Service, path: str) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        connect(service.url.replace("/v1/stream", path), open_timeout=TIMEOUT_SECONDS)
+    response = refused.value.response
+    assert response.status_code == 404
+    assert json.loads(response.body)["detail"] == f"{path} is no WebSocket; /v1/stream is"
 
 
 def test_only_the_known_subprotocol_is_accepted(service: Service) -> None:
