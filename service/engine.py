@@ -465,7 +465,8 @@ class Engine:
                 raise CrowdedError(
                     f"all {self.active} live streams of this worker are taken; others have room"
                 )
-            raise BusyError(f"all {self.active} live streams of this server are taken")
+            n_streams = self._metrics.board.total("streams")
+            raise BusyError(f"all {n_streams:.0f} live streams of this server are taken")
         session = Session(self, self._free[-1], options, on_answer)
         row = self._free.pop()
         self._charge(session, cost)

@@ -11,6 +11,7 @@ from percepnet.errors import ParameterError
 from percepnet.stream import Stream, enhance
 from percepnet.synthesis import Controls, FrameControls
 from service import pcm
+from service.board import Board, shared_file
 from service.engine import (
     DEADLINE_SECONDS,
     LATE_SECONDS,
@@ -267,6 +268,18 @@ def test_streams_beyond_the_capacity_are_refused_and_places_are_given_back(engin
     engine.close(sessions[2])
     assert engine.active == 3
     opened(engine)
+
+
+def test_a_refusal_counts_the_streams_of_all_workers(enhancer):
+    file = shared_file(2)
+    for mine, n_streams in enumerate((2, 3)):
+        board = Board(2, mine, file)
+        board.mine.ready = 1
+        engine = Engine(enhancer, n_streams, Metrics(enhancer.model, board))
+        for _ in range(n_streams):
+            opened(engine)
+    with pytest.raises(BusyError, match="all 5 live streams of this server are taken"):
+        opened(engine)
 
 
 def test_a_rate_out_of_range_takes_no_place(engine):
