@@ -10,13 +10,14 @@ logger = logging.getLogger("percepnet.service")
 
 
 class JsonFormatter(logging.Formatter):
-    """A line per record: time, level, message, the `fields` given in `extra`, and any traceback."""
+    """A line per record: time, level, process, message, the `fields` given in `extra`, and any traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Write one record as one line."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
+            "process": record.process,
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
         }

@@ -640,6 +640,7 @@ def test_each_request_leaves_one_line_of_json_without_audio(
     assert (good["status"], good["audio_seconds"], good["sample_rate_hz"]) == (200, 0.5, RATE)
     assert good["request_bytes"] == len(content)
     assert (bad["status"], bad["error"]) == (422, "bad_parameter")
+    assert good["process"] == os.getpid()
     assert all(len(json.dumps(line)) < 500 for line in (good, bad))
 
 
