@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,16 @@ from service import clips, maxine, messages, wakeups
 from service.access import Access
 from service.callers import Caller
 from service.clips import Clips
-from service.errors import BusyError, ClientGoneError, UnauthenticatedError, answer_for, logged, outcome, told
+from service.errors import (
+    BusyError,
+    ClientGoneError,
+    ServiceError,
+    UnauthenticatedError,
+    answer_for,
+    logged,
+    outcome,
+    told,
+)
 from service.files import Files
 from service.health import Health
 from service.listener import Listener
@@ -205,16 +214,51 @@ async def _guard(
         metrics.rpcs.labels(method, outcome(error)).inc()
         raise
     except Exception as error:
-        answer, message = answer_for(error), told(error)
-        metrics.rpcs.labels(method, answer.code).inc()
-        if answer.code == "internal":
+        metrics.rpcs.labels(method, outcome(error)).inc()
+        if outcome(error) == "internal":
             logger.error("rpc failed", exc_info=error)
-        hint: tuple[tuple[str, str], ...] = ()
-        if isinstance(error, BusyError):
-            hint = (("grpc-retry-pushback-ms", f"{1000 * error.retry_seconds:.0f}"),)
+        status = _status(error)
     # Not above: what `abort` raises would keep the error, and with its traceback the caller's audio.
-    await context.abort(grpc.StatusCode[answer.grpc_code], message, hint)
+    await context.abort(*status)
     raise AssertionError("abort raises")
+
+
+def _status(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """A failure as `abort` tells it."""
+    hint: tuple[tuple[str, str], ...] = ()
+    if isinstance(error, BusyError):
+        hint = (("grpc-retry-pushback-ms", f"{1000 * error.retry_seconds:.0f}"),)
+    return grpc.StatusCode[answer_for(error).grpc_code], told(error), hint
+
+
+def _waited_for(handler: grpc.RpcMethodHandler, streams: Streams) -> grpc.RpcMethodHandler:
+    """The same, but its requests are waited for as those of streams are: gRPC waits for any number."""
+
+    async def read(context: grpc.aio.ServicerContext) -> Any:
+        with streams.waiting():
+            return await context.read()
+
+    async def requests(context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        while (request := await read(context)) is not grpc.aio.EOF:
+            yield request
+
+    async def serve(_: Any, context: grpc.aio.ServicerContext) -> None:
+        try:
+            if handler.request_streaming:
+                async for response in handler.stream_stream(requests(context), context):
+                    await context.write(response)
+            elif (request := await read(context)) is grpc.aio.EOF:
+                return
+            elif handler.response_streaming:
+                await handler.unary_stream(request, context)
+            else:
+                await context.write(await handler.unary_unary(request, context))
+        except ServiceError as error:
+            await context.abort(*_status(error))
+
+    return grpc.stream_stream_rpc_method_handler(
+        serve, handler.request_deserializer, handler.response_serializer
+    )
 
 
 class _Gate(grpc.aio.ServerInterceptor):
@@ -231,15 +275,17 @@ class _Gate(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         """Let a known caller through to the handler."""
         handler = await continuation(details)
-        if handler is None or details.method.startswith(_HEALTH):
+        if handler is None:
             return handler
         try:
-            _known.set(self._access.caller("", dict(details.invocation_metadata or ())))
+            if not details.method.startswith(_HEALTH):
+                _known.set(self._access.caller("", dict(details.invocation_metadata or ())))
         except UnauthenticatedError as error:
             is_stream = handler.response_streaming
             refuse = partial(self._refuse, error, details.method.rpartition("/")[2], is_stream)
             return grpc.stream_stream_rpc_method_handler(refuse)
-        return handler
+        is_stream_of_ours = handler.request_streaming and handler.request_deserializer is None
+        return handler if is_stream_of_ours else _waited_for(handler, self._streams)
 
     async def _refuse(
         self, error: Exception, method: str, is_stream: bool, _: Any, context: grpc.aio.ServicerContext

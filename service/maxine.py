@@ -19,7 +19,6 @@ from service import messages, pcm
 from service.callers import Caller
 from service.errors import (
     ClientGoneError,
-    IdleError,
     StoppingError,
     TooLargeError,
     UploadTimeoutError,
@@ -30,7 +29,7 @@ from service.files import Files
 from service.logs import logger
 from service.messages import pb
 from service.pb.nvidia.maxine.bnr.v1 import bnr_pb2 as bnr
-from service.streams import Member, Streams, Wire
+from service.streams import Streams, Wire
 from service.upload import MIB, spooled_file
 
 SERVICE = bnr.DESCRIPTOR.services_by_name["MaxineBNR"].full_name
@@ -58,8 +57,8 @@ class Maxine:
 
     async def enhance_audio(self, context: grpc.aio.ServicerContext, caller: Caller) -> None:
         """Serve one RPC to its end; raises what ended it early."""
-        talk = _Talk(context, self._streams.settings.stream_idle_seconds)
-        with self._streams.watched(talk):
+        talk = _Talk(context)
+        with self._streams.waiting():
             first = await talk.beginning()
         if first is None:
             return
@@ -110,28 +109,13 @@ class Maxine:
             await within(self._files.settings.transfer_timeout_seconds, talk.write(response), gone)
 
 
-class _Talk(Member):
-    """The messages of one RPC; watched while it has not begun.
+class _Talk:
+    """The messages of one RPC."""
 
-    idle_seconds: after which it ends then.
-    """
-
-    def __init__(self, context: grpc.aio.ServicerContext, idle_seconds: float) -> None:
-        super().__init__()
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
         self._context = context
-        self._idle_seconds = idle_seconds
         self.controls = _controls(1.0)
         """What the configs so far ask for."""
-
-    @property
-    def begun(self) -> bool:
-        """Not before there is a stream or a file, with books of its own."""
-        return False
-
-    def check(self, oldest: float) -> None:
-        """Fail if there was no audio since a time."""
-        if self._heard < oldest:
-            self.fail(IdleError(f"nothing was sent for {self._idle_seconds:g} s"))
 
     async def read(self) -> bnr.EnhanceAudioRequest | None:
         """The next message, checked; None at the end. Raises ParameterError."""

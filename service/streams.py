@@ -155,6 +155,12 @@ class Streams:
         finally:
             self._members.discard(member)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for a caller of whom nothing is known yet, as for a stream; raises what ended that."""
+        with self.watched(_Unknown(self.settings.stream_idle_seconds)):
+            yield
+
     def refused(self, caller: Caller, error: Exception) -> None:
         """Write the books of a stream that never began."""
         ending = errors.logged(error)
@@ -176,6 +182,21 @@ class Streams:
             await asyncio.sleep(min(1, limit / 4))
             for member in self._members:
                 member.check(time.monotonic() - limit)
+
+
+class _Unknown(Member):
+    """A caller of whom nothing is known yet."""
+
+    begun = False
+
+    def __init__(self, idle_seconds: float) -> None:
+        super().__init__()
+        self._idle_seconds = idle_seconds
+
+    def check(self, oldest: float) -> None:
+        """Fail if it came before a time."""
+        if self._heard < oldest:
+            self.fail(IdleError(f"nothing was sent for {self._idle_seconds:g} s"))
 
 
 class Conversation(Member):

@@ -34,7 +34,6 @@ from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 from service.streams import MAX_NOT_BEGUN, Conversation
 
 STREAM = "/percepnet_service.v1.EnhancementService/EnhanceStream"
-MAXINE = "/nvidia.maxine.bnr.v1.MaxineBNR/EnhanceAudio"
 RATE = 16_000
 CONFIG = pb.StreamConfig(sample_rate_hz=RATE, encoding=pb.ENCODING_S16LE)
 Request = pb.EnhanceStreamRequest
@@ -322,18 +321,30 @@ def test_connections_that_never_speak_are_closed(random_model: Model) -> None:
                     pass
 
 
-def test_a_crowd_that_never_speaks_keeps_nobody_out(service: Service) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        STREAM,
+        f"{STREAM}s",
+        "/percepnet_service.v1.EnhancementService/GetStatus",
+        "/nvidia.maxine.bnr.v1.MaxineBNR/EnhanceAudio",
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+def test_a_crowd_that_never_speaks_keeps_nobody_out(service: Service, method: str) -> None:
+    """Whatever it opens: who was silent for longest is told to go."""
     quiet = threading.Event()
 
     def nothing() -> Iterator[bytes]:
         quiet.wait(TIMEOUT_SECONDS)
         yield from ()
 
-    def calls(method: str) -> list[Any]:
-        call = service.channel.stream_stream(method)
-        return [call(nothing(), timeout=TIMEOUT_SECONDS) for _ in range(MAX_NOT_BEGUN // 2)]
-
-    oldest, *others = [call for method in (MAXINE, f"{STREAM}s", STREAM) for call in calls(method)]
+    oldest, *others = [
+        service.channel.stream_stream(opened)(nothing(), timeout=TIMEOUT_SECONDS)
+        for opened in (method, *[STREAM] * MAX_NOT_BEGUN)
+    ]
     assert oldest.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "begin at once" in oldest.details()
     assert dict(oldest.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
