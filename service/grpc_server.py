@@ -198,7 +198,7 @@ class _GrpcWire(Wire):
     def release(self, writer: asyncio.Task[None]) -> None:
         """Let it wait: gRPC sends no status while a response is in the way.
 
-        A caller that does not read holds up its own status, but no place any more.
+        A caller that does not read holds up its own status, but no place any more; `Streams` counts how many.
         """
 
 

@@ -82,6 +82,7 @@ class Multiplex(Member):
 
     async def run(self) -> None:
         """Serve the RPC to its end; raises what ended it early."""
+        self._streams.check_read(self._caller)
         writer = asyncio.create_task(self._write_answers())
         writer.add_done_callback(_is_known)
         try:
@@ -100,7 +101,7 @@ class Multiplex(Member):
             self._ending = True
             self._outbox.clear()
             self._there.set()
-            await asyncio.gather(writer, return_exceptions=True)
+            await self._streams.leave(self._caller, writer)
 
     async def _read_messages(self) -> None:
         """Take messages up to the end, and wait for that of all sessions."""

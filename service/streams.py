@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from service import errors, messages
 from service.access import Access
 from service.callers import Caller
 from service.engine import DEADLINE_SECONDS, Engine, Session
-from service.errors import BusyError, ClientGoneError, IdleError, SlowReaderError, StoppingError
+from service.errors import BusyError, ClientGoneError, IdleError, LimitError, SlowReaderError, StoppingError
 from service.handover import Seals
 from service.logs import logger
 from service.messages import pb
@@ -25,6 +26,10 @@ from service.settings import Settings
 MAX_NOT_BEGUN = 32
 """Callers that may be waited for to begin: they take no place, but memory, each as much as a message may have
 if it sends one and does not end it. The one that was silent for longest gives way to the next."""
+
+MAX_UNREAD = 32
+"""Streams over one connection that have ended while their caller does not read: each keeps half a megabyte in
+gRPC, which cannot but wait."""
 
 MAX_UNANSWERED = 1024
 """Messages of a stream that may be unanswered, however short they are: 480 of one sample each may have to
@@ -115,6 +120,7 @@ class Streams:
         self.stopping: Callable[[], bool] = lambda: False
         self._opened: Callable[[], None] = lambda: None
         self._members: set[Member] = set()
+        self._unread = Counter[str]()  # of each connection
 
     def start(self, stopping: Callable[[], bool], opened: Callable[[], None]) -> None:
         """Watch over the streams. stopping: whether new ones are refused. opened: told of each that comes."""
@@ -172,8 +178,28 @@ class Streams:
         """Hold one of the streams that a caller may have; raises LimitError, StoppingError."""
         if self.stopping():
             raise StoppingError(_STOPPING)
+        self.check_read(caller)
         with self._access.connection_streams.hold(caller.peer), self._access.streams.hold(caller.key):
             yield
+
+    def check_read(self, caller: Caller) -> None:
+        """Raise LimitError if too much that has ended over the caller's connection is not read."""
+        if self._unread[caller.peer] >= MAX_UNREAD:
+            raise LimitError(
+                f"{MAX_UNREAD} streams over this connection have ended and their answers are not read; "
+                "read or cancel them first"
+            )
+
+    async def leave(self, caller: Caller, writer: asyncio.Task[None]) -> None:
+        """Wait for the writer of a stream that has ended, whose caller may take any time to read."""
+        _, unread = await asyncio.wait([writer], timeout=1)
+        if unread:
+            self._unread[caller.peer] += 1
+            try:
+                await asyncio.wait(unread)
+            finally:
+                self._unread[caller.peer] -= 1
+                self._unread = +self._unread  # without connections of which nothing is left
 
     async def _sweep(self) -> None:
         """End the streams that went silent."""
@@ -248,7 +274,7 @@ class Conversation(Member):
         self._reader = None  # its end is settled, and nothing may cut it short
         if self._writer is not None:
             self._wire.release(self._writer)
-            await asyncio.wait([self._writer])
+            await self._streams.leave(self._caller, self._writer)
         if error is not None:
             raise error
 

@@ -27,6 +27,7 @@ from percepnet.errors import ParameterError
 from percepnet.model import Model
 from percepnet.stream import enhance
 from percepnet.synthesis import Controls
+from service import streams
 from service.client import Client, LiveStream
 from service.main import Server
 from service.messages import parameters
@@ -418,7 +419,30 @@ def test_a_caller_that_was_cut_and_still_does_not_read_holds_nobody_up(enhancer:
             stream.end()
         stopping = time.monotonic()
     assert time.monotonic() - stopping < TIMEOUT_SECONDS / 2
-    assert not unread.is_active()
+    eventually(lambda: not unread.is_active(), "the end of the call")
+
+
+def test_callers_that_never_read_cannot_go_on_for_ever(
+    enhancer: Enhancer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over one connection; what was cut stays in memory until it is read."""
+    monkeypatch.setattr(streams, "MAX_UNREAD", 1)
+    with serving(enhancer, max_streams=2, stream_idle_seconds=1) as service:
+
+        def is_refused(method: str) -> bool:
+            call: Any = service.channel.stream_stream(f"/percepnet_service.v1.EnhancementService/{method}")
+            ended = call(iter([]), timeout=TIMEOUT_SECONDS)
+            full = ended.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert not full or "streams over this connection have ended" in ended.details()
+            return full
+
+        unread = service.stream(endless([]))
+        eventually(lambda: is_refused("EnhanceStream"), "a refusal")
+        assert is_refused("EnhanceStreams")
+        with service.client.stream(RATE) as stream:  # over another one
+            stream.end()
+        unread.cancel()
+        eventually(lambda: not is_refused("EnhanceStream"), "a place")
 
 
 def test_stopping_refuses_new_streams_and_lets_live_ones_end(enhancer: Enhancer) -> None:
