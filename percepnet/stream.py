@@ -34,12 +34,15 @@ MAX_CHANNELS = 64
 
 
 def usable(samples: np.ndarray) -> np.ndarray:
-    """A float32 copy that no stage chokes on: what is not finite, or too soft, is silent."""
-    with np.errstate(over="ignore"):
-        copy = samples.astype(np.float32, order="C")
-    level = np.abs(copy)
-    copy[~((level >= SILENT_LEVEL) & (level < np.inf))] = 0
-    return np.clip(copy, -MAX_LEVEL, MAX_LEVEL, out=copy)
+    """Float32 samples that no stage chokes on, a copy: what is not finite, or too soft, is silent."""
+    if samples.dtype != np.float32 or not samples.flags.c_contiguous:
+        with np.errstate(over="ignore"):
+            samples = samples.astype(np.float32, order="C")
+    level = np.abs(samples)
+    if level.max(initial=0) <= MAX_LEVEL:
+        return samples * (level >= SILENT_LEVEL)
+    samples = np.where((level >= SILENT_LEVEL) & (level < np.inf), samples, np.float32(0))
+    return np.clip(samples, -MAX_LEVEL, MAX_LEVEL, out=samples)
 
 
 class FrameAdapter:

@@ -16,19 +16,24 @@ class Arrivals:
     def __init__(self) -> None:
         self._away = math.inf  # since when the loop does not look
         self._stalls: deque[tuple[float, float]] = deque(maxlen=8)
+        self._over = -math.inf  # when all that piled up in them is taken
 
-    def looked(self, now: float, *, rests: bool = False) -> None:
-        """The loop took what was there. rests: and takes what comes, to look up within LOOK_SECONDS again."""
+    def looked(self, now: float, until: float | None = None) -> None:
+        """The loop took what was there. until: and takes what comes, until then at least."""
         if now - self._away > LOOK_SECONDS:
             self._stalls.append((self._away, now))
-        self._away = now + LOOK_SECONDS if rests else now
+            self._over = max(self._over, 2 * now - self._away)
+        self._away = now if until is None else until
 
     def came(self, expected: float, now: float) -> float:
         """When a message came that is taken now: as expected, if the loop did not look then.
 
         What piled up during a stall comes one by one, and is looked for as long as the stall lasted.
         """
-        for start, end in (*self._stalls, (self._away, now)):
-            if start - LOOK_SECONDS <= expected < end and now - end <= end - start:
-                return min(now, max(start, expected))
+        if self._away - LOOK_SECONDS <= expected < now:
+            return min(now, max(self._away, expected))
+        if now <= self._over:
+            for start, end in self._stalls:
+                if start - LOOK_SECONDS <= expected < end and now - end <= end - start:
+                    return max(start, expected)
         return now

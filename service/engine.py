@@ -158,6 +158,7 @@ class Session:
         self.n_passages = 0  # that were flushed
         self.n_dry = 0  # frames that were sent dry
         self.cost = 0.0  # of the engine's room
+        self._promised = options.message_samples  # in every message, until one is shorter
         self.on_answer = on_answer
         self._engine = engine
         self._begin()
@@ -176,7 +177,6 @@ class Session:
         self._is_ahead = False  # of that pace, further than somebody who speaks
         self._dry = (0, 0)  # the newest of the output samples that were sent dry
         self._n_heard = self._n_asked = self._n_answered = self._n_made = 0
-        self._was_short = False  # the newest message, which only the last one may be
         self._lead_in = delay if options.compensate_delay else 0  # samples that nobody asks for
         self._shift = self._lead_in - delay  # from output samples to input samples
         self._made: deque[np.ndarray] = deque()
@@ -208,10 +208,10 @@ class Session:
         now: when they are taken; they may have come before.
         """
         if not self._is_ahead:  # whose next message nobody can expect
-            now = self._engine.arrivals.came(self._paced + PACE_SECONDS, now)
-        if self._was_short:
+            now = self._engine.arrivals.came(self._paced + DEADLINE_SECONDS, now)
+        if len(samples) < self._promised:
+            self._promised = 0
             self._engine.charge_unpromised(self)
-        self._was_short = len(samples) < self.options.message_samples
         self.n_samples += len(samples)
         self._n_heard += len(samples)
         due = max(0, self._n_heard - self._lead_in)

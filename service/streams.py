@@ -244,6 +244,7 @@ class Conversation(Member):
         self._room = asyncio.Event()  # the reader may go on
         self._ending = False
         self._begins = True  # nothing came after the config
+        self._longest_queue = 0.0  # samples that may be unanswered
         self._misses = 0
         self._challenge = b""  # that a state must be made for
         self._outcome = "ok"
@@ -284,6 +285,7 @@ class Conversation(Member):
             return
         options = replace(messages.opening(request), shares_messages=self._shares_messages)
         self._session = session = self._engine.open(options, self._answers_came)
+        self._longest_queue = self._streams.settings.stream_queue_seconds * options.sample_rate
         self._log("stream opened", sample_rate_hz=session.options.sample_rate)
         self._challenge = self._streams.seals.challenge()
         idle_seconds = self._streams.settings.stream_idle_seconds
@@ -373,7 +375,7 @@ class Conversation(Member):
             samples = messages.audio(request, session.options)
         except ParameterError:
             return False
-        if session.queued_samples + len(samples) > self._longest_queue(session):
+        if session.queued_samples + len(samples) > self._longest_queue:
             return False
         self._heard = time.monotonic()
         self._begins = False
@@ -384,13 +386,8 @@ class Conversation(Member):
         """Wait while too much of what came is not answered."""
         if session.n_unanswered >= _BURST:
             await asyncio.sleep(0)
-        longest = self._longest_queue(session)
-        while session.queued_samples > longest or session.n_unanswered > MAX_UNANSWERED:
+        while session.queued_samples > self._longest_queue or session.n_unanswered > MAX_UNANSWERED:
             await self._wait_for_room()
-
-    def _longest_queue(self, session: Session) -> int:
-        """Samples that may be unanswered."""
-        return round(self._streams.settings.stream_queue_seconds * session.options.sample_rate)
 
     async def _wait_for_room(self) -> None:
         self._room.clear()

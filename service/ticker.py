@@ -1,6 +1,7 @@
 """When the engine runs: on the event loop, at a beat that lets frames of many streams come together."""
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable
@@ -81,7 +82,8 @@ class Ticker:
 
     def _look(self) -> None:
         """Between beats, tell the engine now and then that the loop turns, while there are streams."""
-        self._engine.arrivals.looked(self._clock(), rests=True)
+        now = self._clock()
+        self._engine.arrivals.looked(now, now + LOOK_SECONDS if self._engine.active else math.inf)
         if self._engine.active:
             self._next_look = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look)
 

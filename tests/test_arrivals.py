@@ -12,6 +12,7 @@ from running import TIMEOUT_SECONDS, Service, running
 from percepnet.constants import HOP
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model
+from service.arrivals import LOOK_SECONDS
 from service.engine import DEADLINE_SECONDS, LEAD_SECONDS, Engine, Options, Session
 from service.metrics import Metrics
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
@@ -42,7 +43,7 @@ def speak(session: Session, seconds: float = 0.1) -> float:
     for i in range(round(100 * seconds)):
         now = 0.01 * i
         assert push(session, now) == 0
-        session._engine.arrivals.looked(now + 0.001, rests=True)
+        session._engine.arrivals.looked(now + 0.001, now + 0.001 + LOOK_SECONDS)
     return now
 
 
@@ -53,12 +54,12 @@ def test_what_piled_up_while_nobody_looked_has_waited(
     begun = speak(session)
     now = begun + STALL_SECONDS
     if looks_first:
-        engine.arrivals.looked(now, rests=True)
+        engine.arrivals.looked(now, now + LOOK_SECONDS)
     waited = []
     for _ in range(30):
         waited.append(push(session, now))
         now += 0.0005
-        engine.arrivals.looked(now, rests=True)
+        engine.arrivals.looked(now, now + LOOK_SECONDS)
     expected = STALL_SECONDS - 0.01 * np.arange(1, 31)
     np.testing.assert_allclose(waited, expected, atol=0.025)
     assert sum(seconds > DEADLINE_SECONDS for seconds in waited) >= 25
@@ -77,22 +78,22 @@ def test_who_is_late_or_was_silent_has_not_waited(engine: Engine, session: Sessi
     now = speak(session)
     for pause in (0.3, 1.0):
         for i in range(round(100 * pause)):
-            engine.arrivals.looked(now + 0.01 * i + 0.005, rests=True)
+            engine.arrivals.looked(now + 0.01 * i + 0.005, now + 0.01 * i + 0.005 + LOOK_SECONDS)
         now += pause
         assert push(session, now) == 0
-        engine.arrivals.looked(now, rests=True)
-    engine.arrivals.looked(now + STALL_SECONDS, rests=True)
+        engine.arrivals.looked(now, now + LOOK_SECONDS)
+    engine.arrivals.looked(now + STALL_SECONDS, now + STALL_SECONDS + LOOK_SECONDS)
     assert push(session, now + 1) == 0
     assert session.n_dry == 0
 
 
 def test_who_sends_ahead_has_not_waited(engine: Engine, session: Session) -> None:
-    engine.arrivals.looked(0.0, rests=True)
+    engine.arrivals.looked(0.0, 0.0 + LOOK_SECONDS)
     for _ in range(round(100 * LEAD_SECONDS) + 20):
         assert push(session, 0.0) == 0
     for now in (STALL_SECONDS, 10.0):
         assert push(session, now) == 0
-        engine.arrivals.looked(now, rests=True)
+        engine.arrivals.looked(now, now + LOOK_SECONDS)
     assert session.n_dry == 0
 
 
