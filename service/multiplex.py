@@ -69,8 +69,8 @@ class Multiplex(Member):
 
     @property
     def begun(self) -> bool:
-        """Whether there are sessions to bring to their end."""
-        return bool(self._wires)
+        """Whether there are sessions, or answers, to bring to their end."""
+        return bool(self._wires or self._outbox) or self._writing is not None
 
     def check(self, oldest: float) -> None:
         """Fail if there was no session, or a message waits to be taken, since a time."""

@@ -3,6 +3,7 @@
 Invariant: a session gets what a stream of its own would get, whatever the others of its RPC do.
 """
 
+import asyncio
 import logging
 import time
 from collections import defaultdict
@@ -19,11 +20,17 @@ from running import TIMEOUT_SECONDS, eventually, running
 from percepnet.enhancer import Enhancer
 from percepnet.stream import enhance
 from service import capacity
+from service.access import Access
+from service.callers import Caller
 from service.client import Client
 from service.client.conversation import MEMORY_SECONDS, MESSAGE_SECONDS, WINDOW_SECONDS
-from service.engine import Room
+from service.engine import Engine, Room
 from service.main import Server
+from service.metrics import Metrics
+from service.multiplex import Multiplex
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
+from service.settings import Settings
+from service.streams import Streams
 
 METHOD = "/percepnet_service.v1.EnhancementService/EnhanceStreams"
 
@@ -238,6 +245,48 @@ def test_a_caller_that_was_cut_and_still_does_not_read_does_not_hold_up_the_end(
         stopping = time.monotonic()
     assert time.monotonic() - stopping < TIMEOUT_SECONDS / 2
     eventually(lambda: not call.is_active(), "the end of the call")
+
+
+class Hesitating:
+    """A caller that sends its message and the end, and takes the answers when the test lets it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.requests = [grpc.aio.EOF, data]
+        self.answers: list[bytes] = []
+        self.goes_on = asyncio.Event()
+
+    async def read(self) -> Any:
+        if len(self.requests) == 1:
+            await self.goes_on.wait()
+        return self.requests.pop()
+
+    async def write(self, data: bytes) -> None:
+        await self.goes_on.wait()
+        self.answers.append(data)
+
+
+def test_the_last_answers_come_though_the_server_is_told_to_stop(enhancer):
+    async def stopped_in_between() -> list[bytes]:
+        settings, metrics = Settings(), Metrics(enhancer.model)
+        engine = Engine(enhancer, 1, metrics)
+        streams = Streams(settings, Access(settings), engine, enhancer.model.manifest, metrics)
+        streams.start(lambda: False, lambda: None)
+        requests = message((1, config()), (1, {"audio": noise(160).tobytes()}), (1, {"end": pb.End()}))
+        context = Hesitating(requests.SerializeToString())
+        rpc = asyncio.create_task(Multiplex(streams, context, Caller("test")).run())
+        while not metrics.registry.get_sample_value("percepnet_streams_total", {"outcome": "ok"}):
+            if engine.has_work:
+                engine.run_round(0.0)
+            await asyncio.sleep(0.001)
+        stop = asyncio.create_task(streams.stop())
+        await asyncio.sleep(0)
+        context.goes_on.set()
+        await asyncio.gather(rpc, stop)
+        return context.answers
+
+    found = by_session(map(pb.EnhanceStreamsResponse.FromString, asyncio.run(stopped_in_between())))
+    assert len(audio(found[1])) == 160
+    assert found[1][-1].ended == pb.SessionEnded()
 
 
 def test_a_session_that_runs_ahead_ends_alone(channel):
