@@ -245,7 +245,11 @@ class _SessionWire(Wire):
         if self._is_ahead:
             return
         if self._came is not None and not self._came.done():
-            if request is not None and self.listener is not None and self.listener(request):
+            try:
+                if request is not None and self.listener is not None and self.listener(request):
+                    return
+            except Exception as error:  # the session's, not that of the RPC, whose task this is
+                self._came.set_exception(error)
                 return
             if request is not None and shared_bytes > SHARED_BYTES:
                 request = pb.EnhanceStreamRequest.FromString(request.SerializeToString())

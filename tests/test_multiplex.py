@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from queue import SimpleQueue
 from typing import Any
 
@@ -24,7 +25,7 @@ from service.access import Access
 from service.callers import Caller
 from service.client import Client
 from service.client.conversation import MEMORY_SECONDS, MESSAGE_SECONDS, WINDOW_SECONDS
-from service.engine import Engine, Room
+from service.engine import Engine, Room, Session
 from service.main import Server
 from service.metrics import Metrics
 from service.multiplex import Multiplex
@@ -177,6 +178,29 @@ def test_a_bad_session_ends_neither_the_others_nor_the_rpc(channel, wrong, told)
     assert told in ended.message
     assert len(audio(found[3])) == 160
     assert found[3][-1].ended.code == 0
+
+
+def test_a_fault_of_the_service_ends_one_session(channel, monkeypatch):
+    push = Session.push
+
+    def faulty(session: Session, *args: Any) -> None:
+        if session.options.sample_rate == 8_000:
+            raise RuntimeError("a fault")
+        push(session, *args)
+
+    monkeypatch.setattr(Session, "push", faulty)
+    requests: SimpleQueue[Any] = SimpleQueue()
+    requests.put(message((1, config()), (2, config(8_000))))
+    responses = opened(channel, iter(requests.get, None))
+    first = by_session(islice(responses, 1))
+    if len(first) < 2:
+        next(responses)
+    requests.put(message((2, {"audio": noise(80).tobytes()}), (1, {"audio": noise(160).tobytes()})))
+    requests.put(None)
+    found = by_session(responses)
+    assert found[2][-1].ended.code == grpc.StatusCode.INTERNAL.value[0]
+    assert len(audio(found[1])) == 160
+    assert found[1][-1].ended == pb.SessionEnded()
 
 
 def test_sessions_beyond_the_capacity_are_refused_and_their_numbers_can_be_used_again(channel):
