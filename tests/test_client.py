@@ -375,6 +375,165 @@ def test_answers_that_another_call_waits_for_are_not_taken_from_it(target: str, 
 
 
 @each_way
+def test_answers_to_what_was_sent_are_not_taken_from_who_receives_them(target: str, multiplex: bool) -> None:
+    async def main() -> None:
+        async with AsyncClient(target, multiplex=multiplex) as client, client.stream(RATE) as stream:
+            await stream.send(noise(160))
+            with suppress(TimeoutError):  # the answer may be there, and is not taken
+                await asyncio.wait_for(stream.receive(), 0)
+            await asyncio.sleep(0.1)
+            for call in (stream.push(noise(320)), stream.update(Controls()), stream.end()):
+                with pytest.raises(BusyError, match="answers that are still to be received"):
+                    await call
+            answer = await stream.receive()
+            assert answer is not None
+            assert len(answer.samples) == 160
+            assert len(await stream.push(noise(320))) == 320
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    with Client(target, multiplex=multiplex) as client, client.stream(RATE) as stream:
+        stream.send(noise(160))
+        for call in (lambda: stream.push(noise(320)), lambda: stream.update(Controls()), stream.end):
+            with pytest.raises(BusyError, match="answers that are still to be received"):
+                call()
+        answer = stream.receive()
+        assert answer is not None
+        assert len(answer.samples) == 160
+        assert len(stream.push(noise(320))) == 320
+
+
+@each_way
+def test_what_is_sent_during_a_long_push_waits_until_it_is_answered(target: str, multiplex: bool) -> None:
+    samples = noise(20 * RATE)
+
+    async def main() -> None:
+        async with AsyncClient(target, multiplex=multiplex) as client, client.stream(RATE) as stream:
+            pushing = asyncio.create_task(stream.push(samples))
+            while not stream._talk.n_answers:
+                await asyncio.sleep(0.001)
+            await stream.send(Controls())
+            assert len(await pushing) == len(samples)
+            answer = await stream.receive()
+            assert answer is not None
+            assert 0 <= len(samples) - answer.position <= stream.delay_samples
+            assert len(await stream.push(noise(160))) == 160
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    with (
+        ThreadPoolExecutor() as threads,
+        Client(target, multiplex=multiplex) as client,
+        client.stream(RATE) as stream,
+    ):
+        pushing = threads.submit(stream.push, samples)
+        eventually(lambda: stream._talk.n_answers > 0, "the first answer")
+        stream.send(Controls())
+        assert len(pushing.result(60)) == len(samples)
+        answer = stream.receive()
+        assert answer is not None
+        assert 0 <= len(samples) - answer.position <= stream.delay_samples
+        assert len(stream.push(noise(160))) == 160
+
+
+@each_way
+def test_a_cancelled_push_drops_no_answer_to_what_was_sent(target: str, multiplex: bool) -> None:
+    async def main() -> None:
+        async with AsyncClient(target, multiplex=multiplex) as client, client.stream(RATE) as stream:
+            pushing = asyncio.create_task(stream.push(noise(RATE)))
+            while not stream._talk.n_asked:
+                await asyncio.sleep(0)
+            sending = asyncio.create_task(stream.send(noise(320)))
+            await asyncio.sleep(0)
+            pushing.cancel()
+            await sending
+            answer = await stream.receive()
+            assert answer is not None
+            assert len(answer.samples) == 320
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@each_way
+def test_pushes_that_are_cancelled_again_and_again_leave_no_answer_unread(
+    target: str, multiplex: bool
+) -> None:
+    """Together they hold more than may be unanswered."""
+
+    async def main() -> None:
+        async with AsyncClient(target, multiplex=multiplex) as client, client.stream(RATE) as stream:
+            for _ in range(4):
+                n_asked = stream._talk.n_asked
+                pushing = asyncio.create_task(stream.push(noise(RATE)))
+                while stream._talk.n_asked == n_asked:
+                    await asyncio.sleep(0)
+                pushing.cancel()
+            assert len(await stream.push(noise(160))) == 160
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@each_way
+def test_long_items_that_are_sent_at_once_stay_whole(target: str, multiplex: bool) -> None:
+    """All dry the output is the delayed input: one voice is positive, the other negative."""
+    voice = np.full(5 * RATE, 0.1, np.float32)
+    dry = Controls(mix=0)
+
+    def check(answers: list[np.ndarray]) -> None:
+        assert sum(map(len, answers)) == 10 * RATE
+        signs = np.sign(np.concatenate(answers)[RATE // 10 :])
+        assert np.count_nonzero(np.diff(signs)) == 1
+
+    async def main() -> None:
+        async with (
+            AsyncClient(target, multiplex=multiplex) as client,
+            client.stream(RATE, controls=dry) as stream,
+        ):
+            speakers = [asyncio.create_task(stream.send(said)) for said in (voice, -voice)]
+            answers = [await stream.receive() for _ in range(10)]
+            await asyncio.gather(*speakers)
+            check([answer.samples for answer in answers if answer])
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    with (
+        ThreadPoolExecutor() as threads,
+        Client(target, multiplex=multiplex) as client,
+        client.stream(RATE, controls=dry) as stream,
+    ):
+        speaking = threads.map(stream.send, (voice, -voice))
+        received = [stream.receive() for _ in range(10)]
+        list(speaking)
+        check([answer.samples for answer in received if answer])
+
+
+@each_way
+def test_who_reads_a_pipe_may_send_parameters_while_a_window_of_audio_waits(
+    target: str, multiplex: bool
+) -> None:
+    items = [noise(5 * RATE), noise(5 * RATE, seed=1)]
+
+    async def main() -> None:
+        async with AsyncClient(target, multiplex=multiplex) as client:
+            stream, sizes = await client.stream(RATE), []
+            async for output in stream.pipe(items):
+                sizes.append(len(output))
+                if sizes.count(RATE) < 5 and len(output):
+                    await stream.send(Controls())
+                    with pytest.raises(BusyError, match="another call waits for the answers"):
+                        await stream.push(noise(160))
+            assert (sizes.count(RATE), sizes.count(0)) == (10, 4)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    with Client(target, multiplex=multiplex) as client:
+        stream, sizes = client.stream(RATE), []
+        for output in stream.pipe(items):
+            sizes.append(len(output))
+            if sizes.count(RATE) < 5 and len(output):
+                stream.send(Controls())
+                with pytest.raises(BusyError, match="another call waits for the answers"):
+                    stream.push(noise(160))
+        assert (sizes.count(RATE), sizes.count(0)) == (10, 4)
+
+
+@each_way
 def test_a_cancelled_asyncio_task_gives_its_place_back(target: str, multiplex: bool) -> None:
     async def main() -> None:
         async with AsyncClient(target, multiplex=multiplex) as client:

@@ -93,9 +93,10 @@ class AsyncLiveStream(BaseStream[_Connection]):
 
     `push`, `update`, `flush` and `end` wait for their answer; tasks that call them take turns. With `pipe`,
     or with `send` and `receive` from two tasks, audio flows both ways at once; then `send` also takes
-    parameters and marks, and methods that would take answers away from `pipe` or `receive` raise BusyError. A
-    connection that is lost is taken up again where it broke, at whatever server has room. All methods raise
-    CallError when that fails, or when the server refuses: `code()` and `details()` say why.
+    parameters and marks, and methods that would take answers away from `pipe` or `receive`, or that are still
+    to be received, raise BusyError. A connection that is lost is taken up again where it broke, at whatever
+    server has room. All methods raise CallError when that fails, or when the server refuses: `code()` and
+    `details()` say why.
     """
 
     def __init__(self, client: "AsyncClient", talk: Conversation, timeout_seconds: float | None) -> None:
@@ -103,9 +104,9 @@ class AsyncLiveStream(BaseStream[_Connection]):
         self._client = client
         self._writing = asyncio.Lock()  # whoever has it may write, or put another connection in place
         self._room = asyncio.Event()
-        self._turn = asyncio.Lock()
+        self._turn = asyncio.Lock()  # to speak: until the answer is there, or with one message
+        self._sending = asyncio.Lock()  # an item whole
         self._receiving: asyncio.Task[Answer | None] | None = None
-        self._n_unwanted = 0  # answers to cancelled calls that are still to be dropped
 
     async def open(self) -> Self:
         """Find a server; `AsyncClient.stream` does it."""
@@ -162,21 +163,25 @@ class AsyncLiveStream(BaseStream[_Connection]):
                 speaker.cancel()
 
     async def send(self, item: Item) -> None:
-        """Send one item; waits while a whole window of audio is unanswered.
+        """Send one item; waits while a whole window of audio is unanswered, but with parameters.
 
         Samples of more than a second go in several messages, each with an answer of its own.
         """
-        for piece in self._talk.pieces(item):
-            while not (self._talk.has_room or self._error):
-                self._room.clear()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(CLOSED_SECONDS):
-                        await self._room.wait()
-                self._pods.check_open()
-            async with self._writing:
-                if self._error:
-                    raise self._error
-                await self._connection.write(self._talk.ask(piece))
+        pieces = self._talk.pieces(item)
+        if isinstance(item, Controls):  # never behind audio: who waits here may be who receives
+            async with self._turn:
+                await self._write(item)
+            return
+        async with self._sending:
+            for piece in pieces:
+                while not (self._talk.has_room or self._error):
+                    self._room.clear()
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(CLOSED_SECONDS):
+                            await self._room.wait()
+                    self._pods.check_open()
+                async with self._turn:
+                    await self._write(piece)
 
     async def receive(self) -> Answer | None:
         """Wait for the answer to the oldest item that has none; None when the end was answered.
@@ -199,9 +204,13 @@ class AsyncLiveStream(BaseStream[_Connection]):
         self.close()
 
     async def _next_answer(self) -> Answer | None:
-        while (answer := await self._oldest()) is not None and self._n_unwanted:
+        await self._drop_unwanted()
+        return await self._oldest()
+
+    async def _drop_unwanted(self) -> None:
+        while self._n_unwanted:
+            await self._oldest()
             self._n_unwanted -= 1
-        return answer
 
     async def _oldest(self) -> Answer | None:
         """`_next_answer`, for unwanted answers too."""
@@ -211,12 +220,13 @@ class AsyncLiveStream(BaseStream[_Connection]):
         received, self._receiving = self._receiving, None
         if received.cancelled() and self._error:
             raise self._error
-        return received.result()
+        answer = received.result()
+        return answer and self._tell(answer)
 
     async def _receive(self) -> Answer | None:
         while self._answers or not self._talk.ended:
             if self._answers:
-                return self._tell(self._answers.popleft())
+                return self._answers.popleft()
             if self._spent:
                 await self._resume(None)
                 continue
@@ -235,19 +245,22 @@ class AsyncLiveStream(BaseStream[_Connection]):
                     await self._hang_up(self._connection)
                 elif answer.message.audio.draining:
                     await self._move()
-                return self._tell(answer)
+                return answer
         return None
 
     async def _ask(self, item: Item) -> list[Answer]:
         """Send an item, each message of it when the one before is answered."""
         async with self._turn:
             with self._listen():
+                self._check_received(sending=self._sending.locked())
+                if not self._talk.has_room:
+                    await self._drop_unwanted()
                 return [await self._answer_to(piece) for piece in self._talk.pieces(item)]
 
     async def _answer_to(self, item: Item) -> Answer:
         n_asked = self._talk.n_asked
         try:
-            await self.send(item)
+            await self._write(item)
             answer = await self._next_answer()
         except asyncio.CancelledError:
             self._n_unwanted += self._talk.n_asked - n_asked
@@ -255,6 +268,12 @@ class AsyncLiveStream(BaseStream[_Connection]):
         if answer is None:
             raise EndedError("the stream was ended")
         return answer
+
+    async def _write(self, item: Item) -> None:
+        async with self._writing:
+            if self._error:
+                raise self._error
+            await self._connection.write(self._talk.ask(item))
 
     async def _connect(self, attempts: Attempts) -> None:
         """Find a server."""

@@ -40,6 +40,8 @@ class BaseStream(Generic[Connection]):
         self.reconnections = 0
         """How often the stream was taken up again without it, after a short fade."""
         self._answers: deque[Answer] = deque()  # that came early, while the stream moved
+        self._n_told = 0  # answers that calls got, or that were dropped
+        self._n_unwanted = 0  # answers to cancelled calls that are still to be dropped
         self._talk = talk
         self._timeout_seconds = timeout_seconds
         self._pods = client.pods
@@ -74,7 +76,15 @@ class BaseStream(Generic[Connection]):
         finally:
             self._listening.release()
 
+    def _check_received(self, *, sending: bool) -> None:
+        """Raises BusyError if the next answers belong to `send`."""
+        if self._error or self._talk.ended:
+            return
+        if sending or self._talk.n_asked - self._n_told > self._n_unwanted:
+            raise BusyError("what was sent has answers that are still to be received")
+
     def _tell(self, answer: Answer) -> Answer:
+        self._n_told += 1
         if answer.message.HasField("audio"):
             self.last = answer.message.audio
         return answer

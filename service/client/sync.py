@@ -2,8 +2,9 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -69,16 +70,19 @@ class LiveStream(BaseStream[_Connection]):
 
     `push`, `update`, `flush` and `end` wait for their answer; threads that call them take turns. With `pipe`,
     or with `send` and `receive` from two threads, audio flows both ways at once; then `send` also takes
-    parameters and marks, and methods that would take answers away from `pipe` or `receive` raise BusyError. A
-    connection that is lost is taken up again where it broke, at whatever server has room. All methods raise
-    CallError when that fails, or when the server refuses: `code()` and `details()` say why.
+    parameters and marks, and methods that would take answers away from `pipe` or `receive`, or that are still
+    to be received, raise BusyError. A connection that is lost is taken up again where it broke, at whatever
+    server has room. All methods raise CallError when that fails, or when the server refuses: `code()` and
+    `details()` say why.
     """
 
     def __init__(self, client: "Client", talk: Conversation, timeout_seconds: float | None) -> None:
         super().__init__(client, talk, timeout_seconds)
         self._client = client
         self._changed = threading.Condition()
-        self._turn = threading.Lock()
+        # Who stands first has the turn.
+        self._turns: deque[object] = deque()  # to speak: until the answer is there, or with one message
+        self._sends: deque[object] = deque()  # to send an item whole
         with self._changed:
             self._connect(self._attempts)
 
@@ -126,18 +130,23 @@ class LiveStream(BaseStream[_Connection]):
                 yield answer.samples
 
     def send(self, item: Item) -> None:
-        """Send one item; waits while a whole window of audio is unanswered.
+        """Send one item; waits while a whole window of audio is unanswered, but with parameters.
 
         Samples of more than a second go in several messages, each with an answer of its own.
         """
-        for piece in self._talk.pieces(item):
-            with self._changed:
-                while not (self._talk.has_room or self._error):
-                    self._changed.wait(CLOSED_SECONDS)
-                    self._pods.check_open()
-                if self._error:
-                    raise self._error
-                self._connection.requests.put(self._talk.ask(piece))
+        pieces = self._talk.pieces(item)
+        if isinstance(item, Controls):  # never behind audio: who waits here may be who receives
+            with self._in_line(self._turns):
+                self._put(item)
+            return
+        with self._in_line(self._sends):
+            for piece in pieces:
+                with self._changed:
+                    while not (self._talk.has_room or self._error):
+                        self._changed.wait(CLOSED_SECONDS)
+                        self._pods.check_open()
+                with self._in_line(self._turns):
+                    self._put(piece)
 
     def receive(self) -> Answer | None:
         """Wait for the answer to the oldest item that has none; None when the end was answered."""
@@ -158,15 +167,37 @@ class LiveStream(BaseStream[_Connection]):
 
     def _ask(self, item: Item) -> list[Answer]:
         """Send an item, each message of it when the one before is answered."""
-        with self._turn, self._listen():
+        with self._in_line(self._turns), self._listen():
+            self._check_received(sending=bool(self._sends))
             return [self._answer_to(piece) for piece in self._talk.pieces(item)]
 
     def _answer_to(self, item: Item) -> Answer:
-        self.send(item)
+        self._put(item)
         answer = self._next_answer()
         if answer is None:
             raise EndedError("the stream was ended")
         return answer
+
+    def _put(self, item: Item) -> None:
+        with self._changed:
+            if self._error:
+                raise self._error
+            self._connection.requests.put(self._talk.ask(item))
+
+    @contextmanager
+    def _in_line(self, line: deque[object]) -> Iterator[None]:
+        """Wait for all who came before; a lock would let who had it have it again at once."""
+        place = object()
+        with self._changed:
+            line.append(place)
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: line[0] is place)
+            yield
+        finally:
+            with self._changed:
+                line.remove(place)
+                self._changed.notify_all()
 
     def _next_answer(self) -> Answer | None:
         while self._answers or not self._talk.ended:
