@@ -28,7 +28,6 @@ from service import keys
 from service.client import (
     AsyncClient,
     AsyncLiveStream,
-    BusyError,
     CallError,
     Client,
     EndedError,
@@ -36,6 +35,7 @@ from service.client import (
     Mark,
     ParameterError,
     Tls,
+    TurnError,
     conversation,
     pods,
 )
@@ -353,7 +353,7 @@ def test_answers_that_another_call_waits_for_are_not_taken_from_it(target: str, 
             waiting = asyncio.create_task(stream.receive())
             await asyncio.sleep(0)
             for call in (stream.receive(), stream.push(noise(160)), anext(stream.pipe([]))):
-                with pytest.raises(BusyError, match="another call waits for the answers"):
+                with pytest.raises(TurnError, match="another call waits for the answers"):
                     await call
             await stream.send(Controls())
             answer = await waiting
@@ -369,7 +369,7 @@ def test_answers_that_another_call_waits_for_are_not_taken_from_it(target: str, 
         for output in stream.pipe(items):
             outputs.append(len(output))
             for call in (stream.receive, stream.end, lambda: list(stream.pipe([]))):
-                with pytest.raises(BusyError, match="another call waits for the answers"):
+                with pytest.raises(TurnError, match="another call waits for the answers"):
                     call()
         assert outputs == [160, 0, stream.delay_samples]
 
@@ -383,7 +383,7 @@ def test_answers_to_what_was_sent_are_not_taken_from_who_receives_them(target: s
                 await asyncio.wait_for(stream.receive(), 0)
             await asyncio.sleep(0.1)
             for call in (stream.push(noise(320)), stream.update(Controls()), stream.end()):
-                with pytest.raises(BusyError, match="answers that are still to be received"):
+                with pytest.raises(TurnError, match="answers that are still to be received"):
                     await call
             answer = await stream.receive()
             assert answer is not None
@@ -394,7 +394,7 @@ def test_answers_to_what_was_sent_are_not_taken_from_who_receives_them(target: s
     with Client(target, multiplex=multiplex) as client, client.stream(RATE) as stream:
         stream.send(noise(160))
         for call in (lambda: stream.push(noise(320)), lambda: stream.update(Controls()), stream.end):
-            with pytest.raises(BusyError, match="answers that are still to be received"):
+            with pytest.raises(TurnError, match="answers that are still to be received"):
                 call()
         answer = stream.receive()
         assert answer is not None
@@ -517,7 +517,7 @@ def test_who_reads_a_pipe_may_send_parameters_while_a_window_of_audio_waits(
                 sizes.append(len(output))
                 if sizes.count(RATE) < 5 and len(output):
                     await stream.send(Controls())
-                    with pytest.raises(BusyError, match="another call waits for the answers"):
+                    with pytest.raises(TurnError, match="another call waits for the answers"):
                         await stream.push(noise(160))
             assert (sizes.count(RATE), sizes.count(0)) == (10, 4)
 
@@ -528,7 +528,7 @@ def test_who_reads_a_pipe_may_send_parameters_while_a_window_of_audio_waits(
             sizes.append(len(output))
             if sizes.count(RATE) < 5 and len(output):
                 stream.send(Controls())
-                with pytest.raises(BusyError, match="another call waits for the answers"):
+                with pytest.raises(TurnError, match="another call waits for the answers"):
                     stream.push(noise(160))
         assert (sizes.count(RATE), sizes.count(0)) == (10, 4)
 

@@ -2,7 +2,7 @@
 
 from percepnet.errors import ParameterError
 from service.client.aio import AsyncClient, AsyncLiveStream
-from service.client.conversation import Answer, BusyError, EndedError, Mark
+from service.client.conversation import Answer, EndedError, Mark, TurnError
 from service.client.pods import CallError, Tls
 from service.client.sync import Client, LiveStream
 
@@ -10,7 +10,6 @@ __all__ = [
     "Answer",
     "AsyncClient",
     "AsyncLiveStream",
-    "BusyError",
     "CallError",
     "Client",
     "EndedError",
@@ -18,4 +17,5 @@ __all__ = [
     "Mark",
     "ParameterError",
     "Tls",
+    "TurnError",
 ]

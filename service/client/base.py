@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import grpc
 
 from percepnet.synthesis import Controls
-from service.client.conversation import Answer, BusyError, Conversation
+from service.client.conversation import Answer, Conversation, TurnError
 from service.client.pods import (
     PATIENCE_SECONDS,
     Attempts,
@@ -66,9 +66,9 @@ class BaseStream(Generic[Connection]):
 
     @contextmanager
     def _listen(self) -> Iterator[None]:
-        """Whoever is inside, and nobody else, hears the answers; raises BusyError."""
+        """Whoever is inside, and nobody else, hears the answers; raises TurnError."""
         if not self._listening.acquire(blocking=False):
-            raise BusyError(
+            raise TurnError(
                 "another call waits for the answers of this stream; meanwhile only send may be called"
             )
         try:
@@ -77,11 +77,11 @@ class BaseStream(Generic[Connection]):
             self._listening.release()
 
     def _check_received(self, *, sending: bool) -> None:
-        """Raises BusyError if the next answers belong to `send`."""
+        """Raises TurnError if the next answers belong to `send`."""
         if self._error or self._talk.ended:
             return
         if sending or self._talk.n_asked - self._n_told > self._n_unwanted:
-            raise BusyError("what was sent has answers that are still to be received")
+            raise TurnError("what was sent has answers that are still to be received")
 
     def _tell(self, answer: Answer) -> Answer:
         self._n_told += 1

@@ -87,8 +87,8 @@ class EndedError(PercepNetError):
     """The stream, or its client, was closed, so nothing can be sent or received any more."""
 
 
-class BusyError(PercepNetError):
-    """Another call waits for the stream's answers, which this one would take from it."""
+class TurnError(PercepNetError):
+    """It is not this call's turn: the stream's next answers belong to another one."""
 
 
 class Conversation:

@@ -71,7 +71,7 @@ class LiveStream(BaseStream[_Connection]):
     `push`, `update`, `flush` and `end` wait for their answer; threads that call them take turns. With `pipe`,
     or with `send` and `receive` from two threads, audio flows both ways at once; then `send` also takes
     parameters and marks, and methods that would take answers away from `pipe` or `receive`, or that are still
-    to be received, raise BusyError. A connection that is lost is taken up again where it broke, at whatever
+    to be received, raise TurnError. A connection that is lost is taken up again where it broke, at whatever
     server has room. All methods raise CallError when that fails, or when the server refuses: `code()` and
     `details()` say why.
     """
