@@ -25,7 +25,13 @@ from service.settings import Settings
 
 MAX_NOT_BEGUN = 32
 """Callers that may be waited for to begin: they take no place, but memory, each as much as a message may have
-if it sends one and does not end it. The one that was silent for longest gives way to the next."""
+if it sends one and does not end it. Of more, those give way that were silent for longest."""
+
+PROMPT_SECONDS = 1.0
+"""In which a caller begins that comes in a crowd of them, and is not sent away before."""
+
+MAX_CROWD = 256
+"""Callers waited for, however prompt they are; each may hold as much, but in that time a network brings little."""
 
 MAX_UNREAD = 32
 """Streams over one connection that have ended while their caller does not read: each keeps half a megabyte in
@@ -149,9 +155,7 @@ class Streams:
     def watched(self, member: Member) -> Iterator[None]:
         """End it when it is silent for too long, or when the process stops; raises what it was told then."""
         self._members.add(member)
-        waiting = {other: since for other in self._members if (since := other.waiting_since) is not None}
-        if len(waiting) > MAX_NOT_BEGUN:
-            min(waiting, key=waiting.__getitem__).fail(BusyError(_GIVES_WAY))
+        self._disperse()
         try:
             yield
         except asyncio.CancelledError:
@@ -201,11 +205,20 @@ class Streams:
                 self._unread[caller.peer] -= 1
                 self._unread = +self._unread  # without connections of which nothing is left
 
+    def _disperse(self) -> None:
+        """Send away who was silent for longest, if too many are waited for."""
+        waiting = {member: since for member in self._members if (since := member.waiting_since) is not None}
+        crowd = sorted(waiting, key=waiting.__getitem__)
+        for member in crowd[:-MAX_NOT_BEGUN]:
+            if waiting[member] <= time.monotonic() - PROMPT_SECONDS or member in crowd[:-MAX_CROWD]:
+                member.fail(BusyError(_GIVES_WAY))
+
     async def _sweep(self) -> None:
         """End the streams that went silent."""
         limit = self.settings.stream_idle_seconds
         while True:
             await asyncio.sleep(min(1, limit / 4))
+            self._disperse()
             for member in self._members:
                 member.check(time.monotonic() - limit)
 

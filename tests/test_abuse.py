@@ -27,6 +27,7 @@ from websockets.sync.client import connect
 
 from percepnet.enhancer import Enhancer
 from percepnet.model import Model
+from service import streams
 from service.client import Client
 from service.engine import Session
 from service.main import Server
@@ -50,6 +51,11 @@ class Service:
         self.grpc_address = "127.0.0.1", server.grpc.port
         self.http_address: tuple[str, int] = server.servers[0].sockets[0].getsockname()
         self.channel = grpc.insecure_channel("{}:{}".format(*self.grpc_address))
+
+    @property
+    def n_members(self) -> int:
+        """Callers that are watched over, whether they have begun or not."""
+        return len(self.server.grpc._streams._members)
 
     def metrics(self) -> dict[str, float]:
         text = httpx.get("http://{}:{}/metrics".format(*self.http_address), timeout=TIMEOUT_SECONDS).text
@@ -321,6 +327,21 @@ def test_connections_that_never_speak_are_closed(random_model: Model) -> None:
                     pass
 
 
+def crowd(service: Service, number: int, said: threading.Event, first: str = STREAM) -> list[Any]:
+    """Streams that begin, with a config, when it is said; what is opened first is there before the others."""
+
+    def begin() -> Iterator[bytes]:
+        if said.wait(TIMEOUT_SECONDS):
+            yield Request(config=CONFIG).SerializeToString()
+
+    calls = []
+    eventually(lambda: service.n_members == 1, "the bystander alone")
+    for method in (first, *[STREAM] * (number - 1)):
+        calls.append(service.channel.stream_stream(method)(begin(), timeout=TIMEOUT_SECONDS))
+        eventually(lambda: service.n_members > 1, "the first")
+    return calls
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -333,18 +354,13 @@ def test_connections_that_never_speak_are_closed(random_model: Model) -> None:
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
     ],
 )
-def test_a_crowd_that_never_speaks_keeps_nobody_out(service: Service, method: str) -> None:
+def test_a_crowd_that_never_speaks_keeps_nobody_out(
+    service: Service, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever it opens: who was silent for longest is told to go."""
-    quiet = threading.Event()
-
-    def nothing() -> Iterator[bytes]:
-        quiet.wait(TIMEOUT_SECONDS)
-        yield from ()
-
-    oldest, *others = [
-        service.channel.stream_stream(opened)(nothing(), timeout=TIMEOUT_SECONDS)
-        for opened in (method, *[STREAM] * MAX_NOT_BEGUN)
-    ]
+    monkeypatch.setattr(streams, "PROMPT_SECONDS", 0.0)
+    said = threading.Event()
+    oldest, *others = crowd(service, MAX_NOT_BEGUN + 1, said, method)
     assert oldest.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "begin at once" in oldest.details()
     assert dict(oldest.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
@@ -356,7 +372,41 @@ def test_a_crowd_that_never_speaks_keeps_nobody_out(service: Service, method: st
         call.cancel()
     for connection in sockets:
         connection.close()
-    quiet.set()
+    said.set()
+
+
+def test_a_crowd_that_begins_within_a_second_is_served(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "PROMPT_SECONDS", TIMEOUT_SECONDS)  # the machine may be slow
+    said = threading.Event()
+    calls = crowd(service, MAX_NOT_BEGUN + 20, said)
+    eventually(lambda: service.n_members == 1 + len(calls), "the crowd")
+    said.set()
+    assert [len(list(call)) for call in calls] == [2] * len(calls)
+
+
+def test_a_crowd_that_is_too_large_gives_way_at_once(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "PROMPT_SECONDS", TIMEOUT_SECONDS)
+    monkeypatch.setattr(streams, "MAX_CROWD", MAX_NOT_BEGUN + 1)
+    said = threading.Event()
+    oldest, *others = crowd(service, MAX_NOT_BEGUN + 2, said)
+    assert oldest.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    said.set()
+    assert [len(list(call)) for call in others] == [2] * len(others)
+
+
+def test_a_crowd_that_stays_silent_gives_way_though_nobody_comes(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "PROMPT_SECONDS", 0.5)
+    said = threading.Event()
+    oldest, *others = crowd(service, MAX_NOT_BEGUN + 1, said)
+    assert oldest.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    said.set()
+    assert [len(list(call)) for call in others] == [2] * len(others)
 
 
 # What stays
