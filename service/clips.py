@@ -15,15 +15,13 @@ from service.callers import Caller
 from service.errors import ClientGoneError, StoppingError, UploadTimeoutError, logged, within
 from service.files import Files
 from service.jobs import Checkpoint, FileJobs
+from service.limits import longest_clip
 from service.logs import logger
 from service.messages import pb
 from service.streams import Streams
 
-MAX_SECONDS = 60
-"""The longest clip; so long may it also take to come, and its answer to be taken."""
-
-MAX_BYTES = messages.MAX_MESSAGE_BYTES - 1024
-"""Of a clip's samples: its message and the answer hold a little more."""
+PATIENCE_SECONDS = 60
+"""So long may a clip take to come, and its answer to be taken."""
 
 MAX_CLIPS = 4
 """Clips held at once: they are short, and worked on in turn."""
@@ -64,11 +62,11 @@ class Clips:
 
     async def _enhance(self, context: grpc.aio.ServicerContext, line: dict[str, Any]) -> None:
         # Until a clip has its place, gRPC lets no more of it come than 64 KiB.
-        late = UploadTimeoutError(f"the clip did not come within {MAX_SECONDS} s")
-        work = self._work(await within(MAX_SECONDS, context.read(), late), line)
+        late = UploadTimeoutError(f"the clip did not come within {PATIENCE_SECONDS} s")
+        work = self._work(await within(PATIENCE_SECONDS, context.read(), late), line)
         answer = await self._jobs.run(work)
         gone = ClientGoneError("the caller did not take the answer")
-        await within(MAX_SECONDS, _send(context, answer), gone)
+        await within(PATIENCE_SECONDS, _send(context, answer), gone)
 
     def _work(self, data: bytes, line: dict[str, Any]) -> Callable[[Checkpoint], bytes]:
         """What is to be done for a request, which keeps nothing of it but the samples."""
@@ -76,8 +74,7 @@ class Clips:
         rate = messages.rate(request.sample_rate_hz, "sample_rate_hz")
         encoding = messages.encoding(request.encoding, "encoding")
         controls = messages.controls(request.parameters, "parameters")
-        longest = min(rate * MAX_SECONDS, MAX_BYTES // encoding.itemsize)
-        samples = messages.samples(request.audio, encoding, longest)
+        samples = messages.samples(request.audio, encoding, longest_clip(rate, encoding.itemsize))
         if not len(samples):
             raise ParameterError("audio: empty; at least one sample is needed")
         line |= {"sample_rate_hz": rate, "audio_seconds": round(len(samples) / rate, 6)}

@@ -10,12 +10,8 @@ from percepnet.model import Manifest
 from percepnet.synthesis import Controls
 from service import pcm
 from service.engine import Answer, Options, Session
+from service.limits import MAX_MESSAGE_SECONDS, MAX_RATE_HZ, MIN_RATE_HZ
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
-
-MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 48_000
-MAX_MESSAGE_SECONDS = 1
-MAX_MESSAGE_BYTES = 4 * 1024 * 1024
-"""Of any message, both ways: what gRPC's clients take by default."""
 
 _ENCODINGS: dict[pb.Encoding, np.dtype] = {pb.ENCODING_S16LE: pcm.S16LE, pb.ENCODING_F32LE: pcm.F32LE}
 

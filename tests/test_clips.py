@@ -17,14 +17,14 @@ import pytest
 from conftest import export_random_model
 from running import TIMEOUT_SECONDS
 
-from service.clips import MAX_BYTES
+from service.limits import MAX_CLIP_BYTES
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads memory as Linux tells it")
 
 CLIP = "/percepnet_service.v1.EnhancementService/EnhanceClip"
 TOO_LONG = pb.EnhanceClipRequest(
-    sample_rate_hz=48_000, encoding=pb.ENCODING_F32LE, audio=bytes(MAX_BYTES + 4)
+    sample_rate_hz=48_000, encoding=pb.ENCODING_F32LE, audio=bytes(MAX_CLIP_BYTES + 4)
 ).SerializeToString()
 CLIP_MB = len(TOO_LONG) / 1e6
 

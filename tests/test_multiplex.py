@@ -24,8 +24,9 @@ from service import capacity
 from service.access import Access
 from service.callers import Caller
 from service.client import Client
-from service.client.conversation import MEMORY_SECONDS, MESSAGE_SECONDS, WINDOW_SECONDS
+from service.client.conversation import MEMORY_SECONDS, WINDOW_SECONDS
 from service.engine import Engine, Room, Session
+from service.limits import MAX_MESSAGE_SECONDS
 from service.main import Server
 from service.metrics import Metrics
 from service.multiplex import Multiplex
@@ -96,7 +97,7 @@ def audio(parts: list[pb.SessionResponse]) -> np.ndarray:
 
 def test_all_that_a_client_sends_to_take_a_stream_up_again_is_taken(channel: grpc.Channel) -> None:
     """In one message, before the session can begin: what was answered last, and a whole window."""
-    seconds = MEMORY_SECONDS + WINDOW_SECONDS + MESSAGE_SECONDS + 0.05
+    seconds = MEMORY_SECONDS + WINDOW_SECONDS + MAX_MESSAGE_SECONDS + 0.05
     chunks = np.split(noise(4_800 * round(10 * seconds)), round(10 * seconds))
     speech = ((1, {"audio": chunk.tobytes()}) for chunk in chunks)
     found = by_session(opened(channel, [message((1, config(48_000)), *speech, (1, {"end": pb.End()}))]))

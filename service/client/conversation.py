@@ -17,6 +17,7 @@ import numpy as np
 from percepnet.errors import ParameterError, PercepNetError
 from percepnet.synthesis import Controls
 from service import pcm
+from service.limits import MAX_MESSAGE_SECONDS, MAX_RATE_HZ, MIN_RATE_HZ, longest_clip
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 
 MEMORY_SECONDS = 0.5
@@ -26,16 +27,6 @@ which takes twice as long to enhance again."""
 
 FADE_SECONDS = 0.005
 """Over this time the step between the old server's last sample and the new one's signal is faded out."""
-
-MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 48_000
-"""Rates that the service takes."""
-
-MESSAGE_SECONDS = 1
-"""The longest audio message."""
-
-CLIP_SECONDS = 60
-CLIP_SAMPLES = 1_048_320
-"""The longest clip: so many floats fit in a message."""
 
 WINDOW_SECONDS = 1.0
 """Audio that may be unanswered before sending waits: what a server takes by default."""
@@ -119,7 +110,9 @@ class Conversation:
             sample_rate_hz=self.sample_rate,
             encoding=pb.ENCODING_F32LE,
             parameters=_parameters(controls),
-            message_samples=_whole("message_samples", message_samples, 0, self.sample_rate * MESSAGE_SECONDS),
+            message_samples=_whole(
+                "message_samples", message_samples, 0, self.sample_rate * MAX_MESSAGE_SECONDS
+            ),
             report=report,
             never_dry=never_dry,
         )
@@ -240,7 +233,7 @@ class Conversation:
 
     def _longest(self) -> int:
         """Samples of the longest message."""
-        most = self.sample_rate * MESSAGE_SECONDS
+        most = self.sample_rate * MAX_MESSAGE_SECONDS
         return most - most % (self._config.message_samples or 1)
 
     def _remember(self, request: Request) -> None:
@@ -296,15 +289,14 @@ class Pace:
 
 def clip_request(samples: np.ndarray, sample_rate: int, controls: Controls) -> pb.EnhanceClipRequest:
     """Asks for a clip, float32 (n,); raises ParameterError."""
-    rate, audio = _rate(sample_rate), _encode(_checked(samples))
-    n_samples, longest = len(audio) // pcm.F32LE.itemsize, min(CLIP_SECONDS * rate, CLIP_SAMPLES)
-    if n_samples > longest:
-        raise ParameterError(f"{n_samples} samples; a clip takes {longest}, a stream any number")
+    rate, samples = _rate(sample_rate), _checked(samples)
+    if len(samples) > (longest := longest_clip(rate, pcm.F32LE.itemsize)):
+        raise ParameterError(f"{len(samples)} samples; a clip takes {longest}, a stream any number")
     return pb.EnhanceClipRequest(
         sample_rate_hz=rate,
         encoding=pb.ENCODING_F32LE,
         parameters=_parameters(controls),
-        audio=audio,
+        audio=_encode(samples),
     )
 
 
