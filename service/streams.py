@@ -31,7 +31,8 @@ PROMPT_SECONDS = 1.0
 """In which a caller begins that comes in a crowd of them, and is not sent away before."""
 
 MAX_CROWD = 256
-"""Callers waited for, however prompt they are; each may hold as much, but in that time a network brings little."""
+"""Callers waited for, however prompt they are: what the network brings of their messages in that second is
+held, too."""
 
 MAX_UNREAD = 32
 """Streams over one connection that have ended while their caller does not read: each keeps half a megabyte in
