@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from percepnet.errors import ParameterError
 from service import clips, maxine, messages, wakeups
 from service.access import Access
 from service.callers import Caller
@@ -58,7 +60,8 @@ _OPTIONS = (
 )
 
 _HEALTH = "/grpc.health.v1.Health/"
-_Result = TypeVar("_Result")
+_OURS = tuple(f"/{service}/" for service in (SERVICE, *maxine.SERVICES))
+_STREAMS = ("EnhanceStream", "EnhanceStreams", "EnhanceAudio")
 _known: ContextVar[Caller] = ContextVar("_known")  # gRPC keeps it from the interceptor to the handler
 
 
@@ -119,9 +122,9 @@ class GrpcServer:
         handlers = {
             "EnhanceStream": grpc.stream_stream_rpc_method_handler(self._enhance_stream),
             "EnhanceStreams": grpc.stream_stream_rpc_method_handler(self._enhance_streams),
-            # As if it were a stream, whose messages are read when there is a place for them.
+            # As if they were streams, whose messages are read when there is a place for them.
             "EnhanceClip": grpc.stream_stream_rpc_method_handler(self._enhance_clip),
-            "GetStatus": grpc.unary_unary_rpc_method_handler(self._get_status),
+            "GetStatus": grpc.stream_stream_rpc_method_handler(self._get_status),
         }
         enhance_audio = {"EnhanceAudio": grpc.stream_stream_rpc_method_handler(self._enhance_audio)}
         services = {SERVICE: handlers, **dict.fromkeys(maxine.SERVICES, enhance_audio)}
@@ -162,20 +165,22 @@ class GrpcServer:
         work = self._clips.enhance_clip(context, _caller(context))
         await _guard(context, "EnhanceClip", self._metrics, work)
 
-    async def _get_status(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        return await _guard(context, "GetStatus", self._metrics, self._status())
+    async def _get_status(self, _: Any, context: grpc.aio.ServicerContext) -> None:
+        await _guard(context, "GetStatus", self._metrics, self._tell_status(context))
 
-    async def _status(self) -> bytes:
+    async def _tell_status(self, context: grpc.aio.ServicerContext) -> None:
+        messages.parse(pb.GetStatusRequest, await _only_request(context, self._streams))
         model, board = self._model, self._board
         active, capacity = int(board.total("streams")), int(board.total("capacity"))
-        return pb.GetStatusResponse(
+        response = pb.GetStatusResponse(
             model_name=model.manifest.name,
             model_version=model.manifest.version,
             precision=model.precision,
             active_streams=active,
             stream_capacity=capacity,
             accepting=not self._streams.stopping() and active < capacity,
-        ).SerializeToString()
+        )
+        await _send(context, response)
 
 
 class _GrpcWire(Wire):
@@ -191,10 +196,7 @@ class _GrpcWire(Wire):
 
     async def write(self, response: pb.EnhanceStreamResponse) -> None:
         """Send a response."""
-        try:
-            await self._context.write(response.SerializeToString())
-        except Exception as error:  # gRPC's errors have no common base class
-            raise ClientGoneError("the caller hung up") from error
+        await _send(self._context, response)
 
     def release(self, writer: asyncio.Task[None]) -> None:
         """Let it wait: gRPC sends no status while a response is in the way.
@@ -203,14 +205,21 @@ class _GrpcWire(Wire):
         """
 
 
+async def _send(context: grpc.aio.ServicerContext, response: Message) -> None:
+    try:
+        await context.write(response.SerializeToString())
+    except Exception as error:  # gRPC's errors have no common base class
+        raise ClientGoneError("the caller hung up") from error
+
+
 async def _guard(
-    context: grpc.aio.ServicerContext, method: str, metrics: Metrics, work: Awaitable[_Result]
-) -> _Result:
+    context: grpc.aio.ServicerContext, method: str, metrics: Metrics, work: Awaitable[None]
+) -> None:
     """Await the work of an RPC and count it; a failure becomes its status."""
     try:
-        result = await work
+        await work
         metrics.rpcs.labels(method, "ok").inc()
-        return result
+        return
     except asyncio.CancelledError as error:
         metrics.rpcs.labels(method, outcome(error)).inc()
         raise
@@ -221,7 +230,6 @@ async def _guard(
         status = _status(error)
     # Not above: what `abort` raises would keep the error, and with its traceback the caller's audio.
     await context.abort(*status)
-    raise AssertionError("abort raises")
 
 
 def _status(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
@@ -232,34 +240,46 @@ def _status(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, st
     return grpc.StatusCode[answer_for(error).grpc_code], told(error), hint
 
 
-def _waited_for(handler: grpc.RpcMethodHandler, streams: Streams) -> grpc.RpcMethodHandler:
-    """The same, but its requests are waited for as those of streams are: gRPC waits for any number."""
+async def _request(context: grpc.aio.ServicerContext, streams: Streams) -> Any:
+    """The next request, waited for as those of streams are: gRPC waits for any number."""
+    with streams.waiting():
+        return await context.read()
 
-    async def read(context: grpc.aio.ServicerContext) -> Any:
-        with streams.waiting():
-            return await context.read()
+
+async def _only_request(context: grpc.aio.ServicerContext, streams: Streams) -> bytes:
+    if (data := await _request(context, streams)) is grpc.aio.EOF:
+        raise ParameterError("the call ended without a request; there must be one")
+    return data
+
+
+def _waited_for(handler: grpc.RpcMethodHandler, streams: Streams) -> grpc.RpcMethodHandler:
+    """The same, but its requests are waited for, and read, as those of streams are."""
+
+    def parsed(data: bytes) -> Any:
+        try:
+            return handler.request_deserializer(data)
+        except DecodeError as error:
+            raise ParameterError("the request is no message of its kind") from error
 
     async def requests(context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        while (request := await read(context)) is not grpc.aio.EOF:
-            yield request
+        while (data := await _request(context, streams)) is not grpc.aio.EOF:
+            yield parsed(data)
 
     async def serve(_: Any, context: grpc.aio.ServicerContext) -> None:
         try:
             if handler.request_streaming:
                 async for response in handler.stream_stream(requests(context), context):
                     await context.write(response)
-            elif (request := await read(context)) is grpc.aio.EOF:
                 return
-            elif handler.response_streaming:
+            request = parsed(await _only_request(context, streams))
+            if handler.response_streaming:
                 await handler.unary_stream(request, context)
             else:
                 await context.write(await handler.unary_unary(request, context))
-        except ServiceError as error:
+        except (ParameterError, ServiceError) as error:
             await context.abort(*_status(error))
 
-    return grpc.stream_stream_rpc_method_handler(
-        serve, handler.request_deserializer, handler.response_serializer
-    )
+    return grpc.stream_stream_rpc_method_handler(serve, None, handler.response_serializer)
 
 
 class _Gate(grpc.aio.ServerInterceptor):
@@ -282,19 +302,15 @@ class _Gate(grpc.aio.ServerInterceptor):
             if not details.method.startswith(_HEALTH):
                 _known.set(self._access.caller("", dict(details.invocation_metadata or ())))
         except UnauthenticatedError as error:
-            is_stream = handler.response_streaming
-            refuse = partial(self._refuse, error, details.method.rpartition("/")[2], is_stream)
+            refuse = partial(self._refuse, error, details.method.rpartition("/")[2])
             return grpc.stream_stream_rpc_method_handler(refuse)
-        is_stream_of_ours = handler.request_streaming and handler.request_deserializer is None
-        return handler if is_stream_of_ours else _waited_for(handler, self._streams)
+        return handler if details.method.startswith(_OURS) else _waited_for(handler, self._streams)
 
-    async def _refuse(
-        self, error: Exception, method: str, is_stream: bool, _: Any, context: grpc.aio.ServicerContext
-    ) -> None:
+    async def _refuse(self, error: Exception, method: str, _: Any, context: grpc.aio.ServicerContext) -> None:
         caller = Caller(context.peer())
         if method == "EnhanceClip":
             clips.log(caller, logged(error))
-        elif is_stream:
+        elif method in _STREAMS:
             self._streams.refused(caller, error)
 
         async def fail() -> None:

@@ -34,6 +34,7 @@ from service.messages import parameters
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 from service.settings import Address, Settings
 
+STATUS = "/percepnet_service.v1.EnhancementService/GetStatus"
 RATE = 16_000
 
 Request = pb.EnhanceStreamRequest
@@ -293,6 +294,38 @@ def test_health_and_reflection_answer(service: Service) -> None:
     )
     names = {found.name for found in answer.list_services_response.service}
     assert "percepnet_service.v1.EnhancementService" in names
+
+
+@pytest.mark.parametrize(
+    ("method", "requests", "told"),
+    [
+        (STATUS, [], "without a request"),
+        (STATUS, [b"\xff"], "GetStatusRequest"),
+        ("/grpc.health.v1.Health/Check", [], "without a request"),
+        ("/grpc.health.v1.Health/Check", [b"\xff"], "no message of its kind"),
+        ("/grpc.health.v1.Health/Watch", [], "without a request"),
+        (
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            [b"\xff"],
+            "no message of its kind",
+        ),
+    ],
+)
+def test_a_request_that_is_missing_or_garbage_is_told(
+    service: Service, method: str, requests: list[bytes], told: str
+) -> None:
+    call: Any = service.channel.stream_stream(method)(iter(requests), timeout=TIMEOUT_SECONDS)
+    assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert told in call.details()
+
+
+def test_a_silent_caller_of_status_is_counted(enhancer: Enhancer) -> None:
+    with serving(enhancer, max_streams=1, stream_idle_seconds=0.1) as service:
+        requests: SimpleQueue[Any] = SimpleQueue()
+        call: Any = service.channel.stream_stream(STATUS)(iter(requests.get, None), timeout=TIMEOUT_SECONDS)
+        assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        service.wait_for('percepnet_rpcs_total{method="GetStatus",outcome="idle"}', 1)
+        requests.put(None)
 
 
 def test_callers_may_ask_whether_the_connection_lives_while_nothing_is_said(service: Service) -> None:
