@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+from asyncio import constants, sslproto
 from functools import partial
 from typing import Any
 
@@ -74,6 +75,12 @@ class _WebSocket(WebSocketsSansIOProtocol):
     def shutdown(self) -> None:
         if self.close_sent or not self.handshake_complete:
             super().shutdown()
+
+
+def bound_handshakes(seconds: float) -> None:
+    """Let TLS handshakes of this process end in time and take little: asyncio gives each 60 s and 256 KiB."""
+    constants.SSL_HANDSHAKE_TIMEOUT = seconds  # uvicorn leaves it to asyncio
+    sslproto.SSLProtocol.max_size = 16 * 1024  # that is read at once: a record of TLS
 
 
 def options(head_seconds: float) -> dict[str, Any]:

@@ -609,12 +609,13 @@ class Engine:
         aim = self._aim[:, index, np.newaxis]
         if not self._ramps:
             return aim
-        now = self._now[:, index, np.newaxis]
-        reach = np.arange(1, n_frames + 1, dtype=np.float32) / np.float32(RAMP_FRAMES)
-        frames = np.where(np.abs(aim - now) <= reach, aim, now + np.copysign(reach, aim - now))
-        self._now[:, index] = frames[..., -1]
+        now, step, frames = self._now[:, index, np.newaxis], np.float32(1 / RAMP_FRAMES), []
+        for _ in range(n_frames):  # one after the other, with the same bits in rounds of any length
+            now = np.where(np.abs(aim - now) <= step, aim, now + np.copysign(step, aim - now))
+            frames.append(now)
+        self._now[:, index] = now[..., 0]
         self._ramps = bool((self._now != self._aim).any())
-        return frames
+        return np.concatenate(frames, axis=-1)
 
     def _rest(self) -> None:
         if not self._ready:

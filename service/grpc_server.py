@@ -53,6 +53,7 @@ _OPTIONS = (
     ("grpc.http2.bdp_probe", 0),  # windows that grow would let a caller pile up audio in the transport
     ("grpc.keepalive_time_ms", 20_000),  # notices callers that vanished
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     # Callers ask as well, many every 10 s; gRPC hangs up on those that do more often than every 5 min.
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),

@@ -49,6 +49,7 @@ class Server(uvicorn.Server):
         share: float = 1.0,
     ) -> None:
         memory.return_large_blocks()
+        connections.bound_handshakes(settings.transfer_timeout_seconds)
         self.health = Health()
         self._settings = settings
         self._board = board or Board()

@@ -32,6 +32,9 @@ class Tls:
         def read() -> _Certificates:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(cert, key, password="")  # or it would ask at the terminal
+            # Who resumed a session would be let in by the certificates of its beginning.
+            context.options |= ssl.OP_NO_TICKET
+            context.num_tickets = 0
             if client_ca is not None:
                 context.load_verify_locations(client_ca)
                 context.verify_mode = ssl.CERT_OPTIONAL

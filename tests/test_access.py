@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import re
+import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -415,6 +417,44 @@ def calling(authority: Authority, server: Server, *, certified: bool = False) ->
         yield callers
     finally:
         callers.close()
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=lambda v: v.name)
+def test_no_session_of_tls_is_resumed(
+    enhancer: Enhancer, authority: Authority, version: ssl.TLSVersion
+) -> None:
+    """Or who was let in once would be for ever, whatever authority is accepted by now."""
+    context = ssl.create_default_context(cadata=authority.ca.cert_pem.bytes().decode())
+    context.load_cert_chain(authority.client_file)
+    context.minimum_version = context.maximum_version = version
+    session, resumed = None, []
+    choices = {"tls_cert": authority.cert, "tls_key": authority.key, "tls_client_ca": authority.client_ca}
+    with running(enhancer, **choices) as server:
+        for _ in range(2):
+            with (
+                socket.create_connection(
+                    server.servers[0].sockets[0].getsockname(), timeout=TIMEOUT_SECONDS
+                ) as plain,
+                context.wrap_socket(plain, server_hostname="localhost", session=session) as connection,
+            ):
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+                session = connection.session
+                resumed.append(connection.session_reused)
+    assert resumed == [False, False]
+
+
+def test_a_handshake_that_does_not_go_on_is_ended(enhancer: Enhancer, authority: Authority) -> None:
+    choices = {"tls_cert": authority.cert, "tls_key": authority.key, "transfer_timeout_seconds": 0.2}
+    with (
+        running(enhancer, **choices) as server,
+        socket.create_connection(
+            server.servers[0].sockets[0].getsockname(), timeout=TIMEOUT_SECONDS
+        ) as connection,
+    ):
+        begun = time.monotonic()
+        assert connection.recv(1) == b""
+        assert time.monotonic() - begun < 50  # not after asyncio's own 60 s
 
 
 def test_tls_from_files_covers_all_interfaces(enhancer: Enhancer, authority: Authority) -> None:

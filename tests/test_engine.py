@@ -182,6 +182,21 @@ def test_new_parameters_ramp_without_a_click(engine, enhancer):
     assert np.abs(np.diff(output[20 * HOP :], 2)).max() < 1.5 * steepest
 
 
+def test_a_ramp_is_the_same_in_rounds_of_any_length(engine):
+    outputs = []
+    for n_frames in (1, 2, 10):
+        session = opened(engine)
+        for i, message in enumerate(np.split(noise(40 * HOP), 40 // n_frames)):
+            if i * n_frames == 20:
+                session.update(Controls(mix=0.25, postfilter=0.3, attenuation_limit_db=7), 0.0)
+            session.push(message, 0.0)
+            drain(engine)
+        outputs.append(audio(taken(session)))
+        engine.close(session)
+    for output in outputs[1:]:
+        np.testing.assert_array_equal(output, outputs[0])
+
+
 @pytest.mark.parametrize("n_waiting", [0, 1, 3])
 def test_the_position_of_new_parameters_is_that_of_the_first_changed_sample(engine, n_waiting):
     """Also while frames wait: the parameters count for those already."""
