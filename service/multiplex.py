@@ -72,9 +72,8 @@ class Multiplex(Member):
         """Whether there are sessions, or answers, to bring to their end."""
         return bool(self._wires or self._outbox) or self._writing is not None
 
-    def check(self, oldest: float) -> None:
+    def check(self, oldest: float, limit: str) -> None:
         """Fail if there was no session, or a message waits to be taken, since a time."""
-        limit = f"{self._streams.settings.stream_idle_seconds:g} s"
         if self._writing is not None and self._writing < oldest:
             self.fail(SlowReaderError(f"the answers were not read for {limit}"))
         elif not self._wires and self._heard < oldest:

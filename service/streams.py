@@ -103,9 +103,10 @@ class Member(ABC):
             self.error = error
             self._reader.cancel()
 
-    @abstractmethod
-    def check(self, oldest: float) -> None:
-        """Fail if nothing moved since a time."""
+    def check(self, oldest: float, limit: str) -> None:
+        """Fail if nothing moved since a time, which is a limit ago."""
+        if self._heard < oldest:
+            self.fail(IdleError(f"nothing was sent for {limit}"))
 
 
 class Streams:
@@ -169,7 +170,7 @@ class Streams:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Wait for a caller of whom nothing is known yet, as for a stream; raises what ended that."""
-        with self.watched(_Unknown(self.settings.stream_idle_seconds)):
+        with self.watched(_Unknown()):
             yield
 
     def refused(self, caller: Caller, error: Exception) -> None:
@@ -216,27 +217,18 @@ class Streams:
 
     async def _sweep(self) -> None:
         """End the streams that went silent."""
-        limit = self.settings.stream_idle_seconds
+        seconds = self.settings.stream_idle_seconds
         while True:
-            await asyncio.sleep(min(1, limit / 4))
+            await asyncio.sleep(min(1, seconds / 4))
             self._disperse()
             for member in self._members:
-                member.check(time.monotonic() - limit)
+                member.check(time.monotonic() - seconds, f"{seconds:g} s")
 
 
 class _Unknown(Member):
     """A caller of whom nothing is known yet."""
 
     begun = False
-
-    def __init__(self, idle_seconds: float) -> None:
-        super().__init__()
-        self._idle_seconds = idle_seconds
-
-    def check(self, oldest: float) -> None:
-        """Fail if it came before a time."""
-        if self._heard < oldest:
-            self.fail(IdleError(f"nothing was sent for {self._idle_seconds:g} s"))
 
 
 class Conversation(Member):
@@ -268,14 +260,12 @@ class Conversation(Member):
         """Whether its first message came."""
         return self._session is not None
 
-    def check(self, oldest: float) -> None:
+    def check(self, oldest: float, limit: str) -> None:
         """Fail if nothing was sent, or an answer waits to be taken, since a time."""
-        limit = f"{self._streams.settings.stream_idle_seconds:g} s"
-        if self._writing is not None:
-            if self._writing < oldest:
-                self.fail(SlowReaderError(f"the answers were not read for {limit}"))
-        elif self._heard < oldest:
-            self.fail(IdleError(f"nothing was sent for {limit}"))
+        if self._writing is None:
+            super().check(oldest, limit)
+        elif self._writing < oldest:
+            self.fail(SlowReaderError(f"the answers were not read for {limit}"))
 
     async def run(self) -> None:
         """Serve the stream to its end; raises what ended it early."""
