@@ -48,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 failed, 2 not accepted, 130 interrupted)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a file's name may be beyond the terminal's letters
+        # A file's name may be beyond the terminal's letters.
+        sys.stdout.reconfigure(errors="backslashreplace")
     name = argv[0] if argv and argv[0] in COMMANDS else None
     parser = argparse.ArgumentParser(
         prog="percepnet", description="Remove noise and reverberation from speech."
