@@ -11,7 +11,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-MAX_MESSAGE_BYTES = 1024 * 1024
+MAX_WEBSOCKET_MESSAGE_BYTES = 1024 * 1024
 """Of a WebSocket: above all that is accepted, so that what is a little too long gets a declared error."""
 
 _SEND_BUFFER_BYTES = 128 * 1024  # two thirds of a second at most, more than is under way on any healthy line
@@ -88,6 +88,6 @@ def options(head_seconds: float) -> dict[str, Any]:
     return {
         "http": partial(_Http, head_seconds=head_seconds),
         "ws": _WebSocket,
-        "ws_max_size": MAX_MESSAGE_BYTES,
+        "ws_max_size": MAX_WEBSOCKET_MESSAGE_BYTES,
         "ws_per_message_deflate": False,  # audio with noise does not shrink
     }

@@ -31,7 +31,7 @@ from service.errors import (
 )
 from service.files import Files
 from service.health import Health
-from service.limits import MAX_MESSAGE_BYTES
+from service.limits import MAX_GRPC_MESSAGE_BYTES
 from service.listener import Listener
 from service.logs import logger
 from service.maxine import Maxine
@@ -49,7 +49,7 @@ CONNECTION_AGE_SECONDS = 5
 streams it has go on."""
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
     ("grpc.http2.bdp_probe", 0),  # windows that grow would let a caller pile up audio in the transport
     ("grpc.keepalive_time_ms", 20_000),  # notices callers that vanished
     ("grpc.keepalive_timeout_ms", 10_000),

@@ -36,10 +36,10 @@ REQUEST_BYTES = 64
 SHARED_BYTES = 256 * 1024
 """A longer message does not stay in memory for the sake of one of its requests."""
 
-MAX_MESSAGE_BYTES = 2 * 1024 * 1024
+MAX_REQUESTS_BYTES = 2 * 1024 * 1024
 """Requests of one message: our client sends 1 MiB and a little over."""
 
-MESSAGE_BYTES = 1024 * 1024
+MAX_ANSWERS_BYTES = 1024 * 1024
 """Answers of one message, and those that may wait for the caller to read: callers take 4 MiB by default."""
 
 _BURST = 256
@@ -182,7 +182,7 @@ class Multiplex(Member):
     def _put(self, message: pb.EnhanceStreamsResponse) -> None:
         data = message.SerializeToString()
         self._waiting_bytes += len(data)
-        if self._waiting_bytes > MESSAGE_BYTES:
+        if self._waiting_bytes > MAX_ANSWERS_BYTES:
             self._room.clear()
         self._outbox.append(data)
         self._there.set()
@@ -193,7 +193,7 @@ class Multiplex(Member):
             await self._there.wait()
             while self._outbox:
                 responses, size = [], 0
-                while self._outbox and size < MESSAGE_BYTES:
+                while self._outbox and size < MAX_ANSWERS_BYTES:
                     responses.append(self._outbox.popleft())
                     size += len(responses[-1])
                 self._writing = time.monotonic()
@@ -217,8 +217,8 @@ def _is_known(writer: asyncio.Task[None]) -> None:
 
 
 def _parsed(data: bytes) -> pb.EnhanceStreamsRequest:
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise ParameterError(f"sessions: {len(data)} bytes; accepted are {MAX_MESSAGE_BYTES} in a message")
+    if len(data) > MAX_REQUESTS_BYTES:
+        raise ParameterError(f"sessions: {len(data)} bytes; accepted are {MAX_REQUESTS_BYTES} in a message")
     return messages.parse(pb.EnhanceStreamsRequest, data)
 
 

@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 from percepnet.errors import ParameterError
 from service.access import Access, peer_of
 from service.callers import Caller
-from service.connections import MAX_MESSAGE_BYTES
+from service.connections import MAX_WEBSOCKET_MESSAGE_BYTES
 from service.errors import BusyError, ClientGoneError, TooLargeError, UnauthenticatedError, answer_for, told
 from service.logs import logger
 from service.messages import pb
@@ -69,7 +69,7 @@ class _Wire(Wire):
         message = await self._websocket.receive()
         if message["type"] == "websocket.disconnect":
             if message.get("code") == _TOO_BIG:
-                raise TooLargeError(f"a message is larger than {MAX_MESSAGE_BYTES} bytes")
+                raise TooLargeError(f"a message is larger than {MAX_WEBSOCKET_MESSAGE_BYTES} bytes")
             raise ClientGoneError("the caller hung up")
         if message.get("bytes") is not None:
             return pb.EnhanceStreamRequest(audio=message["bytes"])
