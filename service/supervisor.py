@@ -44,6 +44,9 @@ sys.exit(worker.main(sys.argv[2]))
 _LOOKS = 8
 """A worker that hangs is looked at so often before it is killed."""
 
+_START_PATIENCE = 6
+"""Times as often if it has not begun to serve."""
+
 
 @dataclass(frozen=True)
 class Seat:
@@ -159,14 +162,16 @@ class Supervisor:
         return 0
 
     def _look_at(self, worker: "_Worker") -> None:
-        """Kill a worker that served and whose event loop does not turn: `_lost` finds it."""
+        """Kill a worker whose event loop does not turn, or that does not come to serve: `_lost` finds it."""
         slot = self._board.slots[worker.index]
-        if worker.process is None or not slot.ready:
+        if worker.process is None:
             return
-        worker.looks = worker.looks + 1 if slot.beats == worker.beats else 0
-        worker.beats = slot.beats
-        if worker.looks >= _LOOKS:
-            fields = {"worker": worker.index, "silent_seconds": self._settings.hang_seconds}
+        sign = slot.ready, slot.beats
+        worker.looks = worker.looks + 1 if sign == worker.sign else 0
+        worker.sign = sign
+        patience = 1 if slot.ready else _START_PATIENCE
+        if worker.looks >= patience * _LOOKS:
+            fields = {"worker": worker.index, "silent_seconds": patience * self._settings.hang_seconds}
             logger.error("worker hangs, and is killed", extra={"fields": fields})
             worker.process.kill()
             worker.looks = 0
@@ -231,7 +236,7 @@ class _Worker:
     proved: bool = False  # that a worker can start here
     pause: float = 0.0
     start_again: float | None = None
-    beats: float = -1.0  # at the last look
+    sign: tuple[float, float] | None = None  # of life, at the last look: whether it serves, and its beats
     looks: int = 0  # that found no new beat
 
 

@@ -31,6 +31,8 @@ from percepnet.enhancer import Enhancer
 from percepnet.stream import enhance
 from service.client import AsyncClient, Client
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
+from service.settings import Settings
+from service.supervisor import Supervisor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts processes as Linux does")
 
@@ -340,6 +342,21 @@ def test_a_worker_that_hangs_is_told_and_replaced(strict: Service) -> None:
     assert healthy in strict.workers
     line = json.loads(next(text for text in strict.log if "hangs" in text))
     assert (line["level"], line["worker"]) == ("error", 0)
+
+
+def test_a_worker_that_never_comes_to_serve_is_given_up_later_than_one_that_served() -> None:
+    looks = {}
+    for ready in (0, 1):
+        supervisor = Supervisor(Settings(), {}, 1)
+        worker, supervisor._board.slots[0].ready = supervisor._workers[0], ready
+        with subprocess.Popen(["sleep", "1000"]) as worker.process:
+            looks[ready] = 0
+            while worker.process.poll() is None and looks[ready] < 1000:
+                supervisor._look_at(worker)
+                looks[ready] += 1
+                time.sleep(0.001)
+            worker.process.kill()
+    assert 8 <= looks[1] < looks[0] < 1000
 
 
 def test_sigterm_lets_live_streams_end_and_refuses_new_ones(tmp_path: Path) -> None:
