@@ -106,6 +106,8 @@ class Link:
         self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._ends: list[socket.socket] = []
         self._carriers: list[threading.Thread] = []
+        self._flows = threading.Event()
+        self._flows.set()
         self._accepting = threading.Thread(target=self._accept)
         self._accepting.start()
 
@@ -115,10 +117,15 @@ class Link:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
+    def hold(self) -> None:
+        """Carry nothing more, as if the server hung."""
+        self._flows.clear()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._flows.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._accepting.join()
         self._listener.close()
@@ -140,10 +147,10 @@ class Link:
                 self._carriers.append(threading.Thread(target=self._carry, args=ends))
                 self._carriers[-1].start()
 
-    @staticmethod
-    def _carry(source: socket.socket, target: socket.socket) -> None:
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65_536):
+                self._flows.wait()
                 target.sendall(data)
         for end in (source, target):
             with suppress(OSError):

@@ -918,6 +918,27 @@ def test_dead_pods_cost_their_streams_nothing(enhancer: Enhancer, target: str) -
 
 
 @each_way
+def test_a_server_that_hangs_is_left(
+    link: Link, target: str, enhancer: Enhancer, monkeypatch: pytest.MonkeyPatch, multiplex: bool
+) -> None:
+    """Pings tell: gRPC alone would wait for a minute."""
+    monkeypatch.setattr(pods, "PING_SECONDS", 1)
+    monkeypatch.setattr(pods, "PONG_SECONDS", 1)
+    monkeypatch.setattr(pods, "LOOK_UP_SECONDS", 0)
+    samples, names = noise(8_000), Names(link.target)
+    with Client("calls:50051", resolver=names, multiplex=multiplex) as client:
+        stream = client.stream(RATE, compensate_delay=True)
+        outputs = [stream.push(samples[:4_000])]
+        names.addresses = [target]
+        link.hold()
+        held = time.monotonic()
+        outputs += [stream.push(samples[4_000:]), stream.end()]
+        assert time.monotonic() - held < 30
+        assert stream.reconnections == 1
+    np.testing.assert_array_equal(np.concatenate(outputs), enhance(samples, RATE, enhancer=enhancer))
+
+
+@each_way
 def test_streams_leave_a_server_that_is_about_to_stop(
     enhancer: Enhancer, target: str, monkeypatch: pytest.MonkeyPatch, multiplex: bool
 ) -> None:

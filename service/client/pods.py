@@ -30,6 +30,10 @@ PATIENCE_SECONDS = 10.0
 MOVE_SECONDS = 1.0
 """Between two looks for another server, while the present one is about to stop."""
 
+PING_SECONDS, PONG_SECONDS = 20.0, 5.0
+"""A server that was silent for the first is pinged, and given up if it does not answer within the second: one
+that hangs is left within 25 s, one that pauses for a second or two is kept."""
+
 CLOSED_SECONDS = 0.1
 """Within this time a sender that waits for room learns that the client was closed."""
 
@@ -263,9 +267,11 @@ class Pods(Generic[Channel]):
     def _make(self, address: str) -> Channel:
         options: list[tuple[str, Any]] = [
             ("grpc.default_authority", str(self._name)),
-            # A server that vanished without a word is noticed in 25 s; half-open connections in 5 s.
-            ("grpc.keepalive_time_ms", 20_000),
-            ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.keepalive_time_ms", round(1000 * PING_SECONDS)),
+            ("grpc.keepalive_timeout_ms", round(1000 * PONG_SECONDS)),
+            # So long gRPC really waits, for keepalive and for its other pings; 60 s by default.
+            ("grpc.http2.ping_timeout_ms", round(1000 * PONG_SECONDS)),
+            # A connection that does not come about is given up after this time.
             ("grpc.min_reconnect_backoff_ms", 5_000),
             ("grpc.initial_reconnect_backoff_ms", round(1000 * FIRST_PAUSE_SECONDS)),
             ("grpc.max_reconnect_backoff_ms", round(1000 * LONGEST_PAUSE_SECONDS)),
