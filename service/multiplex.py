@@ -18,6 +18,7 @@ from service.errors import (
     IdleError,
     SlowReaderError,
     StoppingError,
+    UnauthenticatedError,
     answer_for,
     told,
 )
@@ -137,15 +138,23 @@ class Multiplex(Member):
 
     async def _serve(self, number: int, wire: "_SessionWire") -> None:
         error: Exception | None = None
+        caller = replace(self._caller, session_id=number)
         try:
-            caller = replace(self._caller, session_id=number)
+            self._check_key()
             await self._streams.converse(wire, caller, shares_messages=True)
+        except UnauthenticatedError as raised:
+            self._streams.refused(caller, raised)
+            error = raised
         except Exception as raised:
             error = raised
         finally:
             self._heard = time.monotonic()
             del self._wires[number]
         self._end(number, error)
+
+    def _check_key(self) -> None:
+        """A key that opened the RPC opens no more sessions once it is not known any longer."""
+        self._streams.access.caller("", dict(self._context.invocation_metadata() or ()))
 
     def _end(self, number: int, error: Exception | None) -> None:
         """Tell how a session ended."""

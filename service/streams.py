@@ -120,7 +120,7 @@ class Streams:
         self, settings: Settings, access: Access, engine: Engine, manifest: Manifest, metrics: Metrics
     ) -> None:
         self.settings = settings
-        self._access = access
+        self.access = access
         self.engine = engine
         self.manifest = manifest
         self.metrics = metrics
@@ -185,7 +185,7 @@ class Streams:
         if self.stopping():
             raise StoppingError(_STOPPING)
         self.check_read(caller)
-        with self._access.connection_streams.hold(caller.peer), self._access.streams.hold(caller.key):
+        with self.access.connection_streams.hold(caller.peer), self.access.streams.hold(caller.key):
             yield
 
     def check_read(self, caller: Caller) -> None:

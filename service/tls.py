@@ -32,12 +32,13 @@ class Tls:
         def read() -> _Certificates:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(cert, key, password="")  # or it would ask at the terminal
-            # Who resumed a session would be let in by the certificates of its beginning.
-            context.options |= ssl.OP_NO_TICKET
-            context.num_tickets = 0
             if client_ca is not None:
                 context.load_verify_locations(client_ca)
                 context.verify_mode = ssl.CERT_OPTIONAL
+                # Who resumed a session would be let in by the authority of its beginning; TLS 1.2 has more
+                # ways to do so than can be closed.
+                context.num_tickets = 0
+                context.minimum_version = ssl.TLSVersion.TLSv1_3
             pair = key.read_bytes(), cert.read_bytes()
             roots = None if client_ca is None else client_ca.read_bytes()
             return _Certificates(context, grpc.ssl_server_certificate_configuration([pair], roots))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -280,6 +281,30 @@ def test_a_changed_key_file_counts_at_once_and_a_broken_one_not_at_all(
         assert callers.rest({"x-api-key": ALICE}) == "unauthenticated"
 
 
+def test_a_removed_key_opens_no_more_sessions_over_its_rpc(enhancer: Enhancer, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice:{ALICE}\nbob:{BOB}")
+    requests: SimpleQueue[pb.EnhanceStreamsRequest | None] = SimpleQueue()
+    with serving(enhancer, api_keys_file=file) as callers:
+        responses: Any = callers.channel.stream_stream(
+            SERVICE + "EnhanceStreams",
+            pb.EnhanceStreamsRequest.SerializeToString,
+            pb.EnhanceStreamsResponse.FromString,
+        )(iter(requests.get, None), metadata=(("x-api-key", BOB),), timeout=TIMEOUT_SECONDS)
+
+        def ask(number: int, **payload: Any) -> pb.SessionResponse:
+            request = pb.SessionRequest(session_id=number, request=pb.EnhanceStreamRequest(**payload))
+            requests.put(pb.EnhanceStreamsRequest(sessions=[request]))
+            return next(responses).sessions[0]
+
+        config = pb.StreamConfig(sample_rate_hz=16_000, encoding=pb.ENCODING_S16LE)
+        assert ask(1, config=config).response.HasField("started")
+        file.write_text(f"alice:{ALICE}")
+        assert ask(2, config=config).ended.code == grpc.StatusCode.UNAUTHENTICATED.value[0]
+        assert len(ask(1, audio=bytes(320)).response.audio.audio) == 320
+        requests.put(None)
+
+
 @pytest.mark.parametrize(
     "text", ["", "# nobody", "alice", "alice:tooshort", f"al ice:{ALICE}", f"a:{ALICE}/"]
 )
@@ -419,14 +444,12 @@ def calling(authority: Authority, server: Server, *, certified: bool = False) ->
         callers.close()
 
 
-@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=lambda v: v.name)
-def test_no_session_of_tls_is_resumed(
-    enhancer: Enhancer, authority: Authority, version: ssl.TLSVersion
+def test_no_session_is_resumed_where_certificates_are_asked_for(
+    enhancer: Enhancer, authority: Authority
 ) -> None:
     """Or who was let in once would be for ever, whatever authority is accepted by now."""
     context = ssl.create_default_context(cadata=authority.ca.cert_pem.bytes().decode())
     context.load_cert_chain(authority.client_file)
-    context.minimum_version = context.maximum_version = version
     session, resumed = None, []
     choices = {"tls_cert": authority.cert, "tls_key": authority.key, "tls_client_ca": authority.client_ca}
     with running(enhancer, **choices) as server:
@@ -441,6 +464,9 @@ def test_no_session_of_tls_is_resumed(
                 assert connection.recv(4096).startswith(b"HTTP/1.1 200")
                 session = connection.session
                 resumed.append(connection.session_reused)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"https://localhost:{server.servers[0].sockets[0].getsockname()[1]}/", verify=context)
     assert resumed == [False, False]
 
 

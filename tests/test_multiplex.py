@@ -285,6 +285,9 @@ class Hesitating:
             await self.goes_on.wait()
         return self.requests.pop()
 
+    def invocation_metadata(self) -> None:
+        """None came."""
+
     async def write(self, data: bytes) -> None:
         await self.goes_on.wait()
         self.answers.append(data)
