@@ -73,6 +73,11 @@ class Multiplex(Member):
         """Whether there are sessions, or answers, to bring to their end."""
         return bool(self._wires or self._outbox) or self._writing is not None
 
+    @property
+    def waiting_since(self) -> float | None:
+        """Who does not read the last answers counts as one that does not begin: it takes memory, too."""
+        return None if self._wires or self.error is not None else self._writing or self._heard
+
     def check(self, oldest: float, limit: str) -> None:
         """Fail if there was no session, or a message waits to be taken, since a time."""
         if self._writing is not None and self._writing < oldest:

@@ -32,7 +32,7 @@ from service.metrics import Metrics
 from service.multiplex import Multiplex
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
 from service.settings import Settings
-from service.streams import Streams
+from service.streams import MAX_NOT_BEGUN, Streams
 
 METHOD = "/percepnet_service.v1.EnhancementService/EnhanceStreams"
 
@@ -293,28 +293,58 @@ class Hesitating:
         self.answers.append(data)
 
 
+async def ended_unread(enhancer: Enhancer) -> tuple[Streams, Hesitating, "asyncio.Task[None]"]:
+    """An RPC whose only session has ended, while its first answer waits to be taken."""
+    settings, metrics = Settings(), Metrics(enhancer.model)
+    engine = Engine(enhancer, 1, metrics)
+    streams = Streams(settings, Access(settings), engine, enhancer.model.manifest, metrics)
+    streams.start(lambda: False, lambda: None)
+    requests = message((1, config()), (1, {"audio": noise(160).tobytes()}), (1, {"end": pb.End()}))
+    context: Any = Hesitating(requests.SerializeToString())
+
+    async def serve() -> None:
+        await Multiplex(streams, context, Caller("test")).run()
+
+    rpc = asyncio.create_task(serve())
+    while not metrics.registry.get_sample_value("percepnet_streams_total", {"outcome": "ok"}):
+        if engine.has_work:
+            engine.run_round(0.0)
+        await asyncio.sleep(0.001)
+    for _ in range(20):  # until the RPC has heard of it
+        await asyncio.sleep(0)
+    return streams, context, rpc
+
+
 def test_the_last_answers_come_though_the_server_is_told_to_stop(enhancer):
-    async def stopped_in_between() -> list[bytes]:
-        settings, metrics = Settings(), Metrics(enhancer.model)
-        engine = Engine(enhancer, 1, metrics)
-        streams = Streams(settings, Access(settings), engine, enhancer.model.manifest, metrics)
-        streams.start(lambda: False, lambda: None)
-        requests = message((1, config()), (1, {"audio": noise(160).tobytes()}), (1, {"end": pb.End()}))
-        context = Hesitating(requests.SerializeToString())
-        rpc = asyncio.create_task(Multiplex(streams, context, Caller("test")).run())
-        while not metrics.registry.get_sample_value("percepnet_streams_total", {"outcome": "ok"}):
-            if engine.has_work:
-                engine.run_round(0.0)
-            await asyncio.sleep(0.001)
+    async def stopped() -> list[bytes]:
+        streams, context, rpc = await ended_unread(enhancer)
         stop = asyncio.create_task(streams.stop())
         await asyncio.sleep(0)
         context.goes_on.set()
         await asyncio.gather(rpc, stop)
         return context.answers
 
-    found = by_session(map(pb.EnhanceStreamsResponse.FromString, asyncio.run(stopped_in_between())))
+    found = by_session(map(pb.EnhanceStreamsResponse.FromString, asyncio.run(stopped())))
     assert len(audio(found[1])) == 160
     assert found[1][-1].ended == pb.SessionEnded()
+
+
+@pytest.mark.parametrize("prompt_seconds", [0, TIMEOUT_SECONDS])
+def test_the_last_answers_come_beside_a_crowd_if_they_are_read_promptly(
+    enhancer, monkeypatch, prompt_seconds
+):
+    monkeypatch.setattr("service.streams.PROMPT_SECONDS", prompt_seconds)
+
+    async def crowded() -> bool:
+        streams, context, rpc = await ended_unread(enhancer)
+        with ExitStack() as crowd:
+            for _ in range(MAX_NOT_BEGUN):
+                crowd.enter_context(streams.waiting())
+            context.goes_on.set()
+            (error,) = await asyncio.gather(rpc, return_exceptions=True)
+        return error is None
+
+    assert asyncio.run(crowded()) == (prompt_seconds > 0)
 
 
 def test_a_session_that_runs_ahead_ends_alone(channel):
