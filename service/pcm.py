@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from percepnet.stream import usable
+from percepnet.samples import usable
 
 S16LE = np.dtype("<i2")
 F32LE = np.dtype("<f4")

@@ -7,6 +7,8 @@ in its place, or the stream ends in one error that says why.
 import asyncio
 import gc
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -1166,3 +1168,10 @@ def test_the_sessions_of_one_rpc_are_apart(
         with client.stream(RATE, timeout_seconds=0.2) as late, pytest.raises(grpc.RpcError) as over:
             late.receive()
         assert over.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_the_client_loads_neither_engine_nor_service():
+    """Its users have little else to do with them."""
+    heavy = {"onnxruntime", "soundfile", "fastapi", "uvicorn", "service.engine"}
+    code = f"import sys, service.client; print({heavy} & sys.modules.keys() or 'light')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "light\n"
