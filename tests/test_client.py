@@ -38,8 +38,10 @@ from service.client import (
     ParameterError,
     Tls,
     TurnError,
+    aio,
     conversation,
     pods,
+    sync,
 )
 from service.main import Server
 from service.pb.percepnet_service.v1 import enhancement_pb2 as pb
@@ -958,6 +960,48 @@ def test_streams_leave_a_server_that_is_about_to_stop(
             assert stream.reconnections == 1
             outputs.append(stream.end())
     np.testing.assert_array_equal(np.concatenate(outputs), enhance(samples, RATE, enhancer=enhancer))
+
+
+@each_way
+def test_streams_stay_with_a_server_that_is_about_to_stop_while_the_other_says_nothing(
+    enhancer: Enhancer, monkeypatch: pytest.MonkeyPatch, multiplex: bool
+) -> None:
+    monkeypatch.setattr(pods, "LOOK_UP_SECONDS", 0)
+    for module in (sync, aio):
+        monkeypatch.setattr(module, "ANSWER_SECONDS", 0.1)
+    samples = noise(4_800)
+
+    async def main(names: Names) -> tuple[AsyncLiveStream, list[np.ndarray]]:
+        async with AsyncClient("calls:50051", resolver=names, multiplex=multiplex) as client:
+            stream = await client.stream(RATE, compensate_delay=True)
+            outputs = [await stream.push(samples[:1_600])]
+            await asyncio.to_thread(both_speak.wait)
+            await asyncio.to_thread(told_to_stop.wait)
+            outputs += [await stream.push(chunk) for chunk in chunks(samples[1_600:])]
+            return stream, [*outputs, await stream.end()]
+
+    both_speak, told_to_stop = threading.Barrier(2), threading.Event()
+    with (
+        running(enhancer, shutdown_grace_seconds=30) as stopping,
+        socket.create_server(("127.0.0.1", 0)) as mute,
+        Client("calls:50051", resolver=(names := Names(address(stopping))), multiplex=multiplex) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        other = pool.submit(asyncio.run, main(names))
+        stream = client.stream(RATE, compensate_delay=True)
+        outputs = [stream.push(samples[:1_600])]
+        both_speak.wait()
+        names.addresses = [f"127.0.0.1:{mute.getsockname()[1]}"]
+        stopping.should_exit = True
+        eventually(lambda: stopping.health.stopping, "the end")
+        told = time.monotonic()
+        told_to_stop.set()
+        outputs += [stream.push(chunk) for chunk in chunks(samples[1_600:])]
+        results = [(stream, [*outputs, stream.end()]), other.result()]
+        assert time.monotonic() - told < 4  # gRPC gives a connection up after 5 s
+    for call, heard in results:
+        assert (call.handovers, call.reconnections) == (0, 0)
+        np.testing.assert_array_equal(np.concatenate(heard), enhance(samples, RATE, enhancer=enhancer))
 
 
 def test_a_name_that_nobody_knows_is_told() -> None:

@@ -27,6 +27,7 @@ from service.client.conversation import (
 )
 from service.client.multiplex import AsyncTrunk
 from service.client.pods import (
+    ANSWER_SECONDS,
     CLOSED_SECONDS,
     LOOK_UP_SECONDS,
     MOVE_SECONDS,
@@ -347,15 +348,17 @@ class AsyncLiveStream(BaseStream[_Connection]):
             if address is None:
                 return
             try:
-                if self._talk.movable:
-                    await self._hand_over(*await self._call(address, self._talk.opening().messages[:1]))
-                    return
-                self._connection = await self._open(address)
-            except grpc.RpcError:
-                pods.avoid(address)
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    if not self._talk.movable:
+                        self._connection = await self._open(address)
+                        old.drop()
+                        self.reconnections += 1
+                        return
+                    found = await self._call(address, self._talk.opening().messages[:1])
+            except (grpc.RpcError, TimeoutError) as error:
+                pods.avoid(address, LOOK_UP_SECONDS if isinstance(error, TimeoutError) else None)
                 return
-            old.drop()
-            self.reconnections += 1
+            await self._hand_over(*found)
 
     async def _hand_over(self, new: _Connection, response: Response) -> None:
         """Let another server, which answered the config, go on with the stream's state."""

@@ -30,6 +30,9 @@ PATIENCE_SECONDS = 10.0
 MOVE_SECONDS = 1.0
 """Between two looks for another server, while the present one is about to stop."""
 
+ANSWER_SECONDS = 1.0
+"""Longest wait for that other server's first answer: meanwhile the call gets none of the present one's."""
+
 PING_SECONDS, PONG_SECONDS = 20.0, 5.0
 """A server that was silent for the first is pinged, and given up if it does not answer within the second: one
 that hangs is left within 25 s, one that pauses for a second or two is kept."""

@@ -29,6 +29,7 @@ from service.client.conversation import (
 )
 from service.client.multiplex import Session, Trunk
 from service.client.pods import (
+    ANSWER_SECONDS,
     CLOSED_SECONDS,
     LOOK_UP_SECONDS,
     MOVE_SECONDS,
@@ -240,10 +241,10 @@ class LiveStream(BaseStream[_Connection]):
             except grpc.RpcError as error:
                 attempts.failed(address, error)
 
-    def _open(self, address: str) -> _Connection:
+    def _open(self, address: str, limit_seconds: float | None = None) -> _Connection:
         """Begin, or go on, at a server."""
         opening = self._talk.opening()
-        connection, response = self._call(address, opening.messages)
+        connection, response = self._call(address, opening.messages, limit_seconds)
         try:
             self._talk.opened(opening, response)
         except BaseException:
@@ -251,11 +252,16 @@ class LiveStream(BaseStream[_Connection]):
             raise
         return connection
 
-    def _call(self, address: str, messages: list[Request]) -> tuple[_Connection, Response]:
-        """Send messages to a server; returns what it answers to the first."""
+    def _call(
+        self, address: str, messages: list[Request], limit_seconds: float | None = None
+    ) -> tuple[_Connection, Response]:
+        """Send messages to a server; returns what it answers to the first, or is CANCELLED at the limit."""
         connection = _Connection(self._client, address, self._timeout_seconds)
         for request in messages:
             connection.requests.put(request)
+        limit = threading.Timer(limit_seconds or 0, connection.call.cancel)
+        if limit_seconds is not None:
+            limit.start()
         try:
             response = next(connection.call, None)
             if response is None:
@@ -263,6 +269,8 @@ class LiveStream(BaseStream[_Connection]):
         except BaseException:
             connection.drop()
             raise
+        finally:
+            limit.cancel()
         self._client.pods.succeeded(address)
         return connection, response
 
@@ -295,11 +303,13 @@ class LiveStream(BaseStream[_Connection]):
                 return
             try:
                 if self._talk.movable:
-                    self._hand_over(*self._call(address, self._talk.opening().messages[:1]))
+                    config = self._talk.opening().messages[:1]
+                    self._hand_over(*self._call(address, config, ANSWER_SECONDS))
                     return
-                self._connection = self._open(address)
-            except grpc.RpcError:
-                pods.avoid(address)
+                self._connection = self._open(address, ANSWER_SECONDS)
+            except grpc.RpcError as error:
+                silent = error.code() is grpc.StatusCode.CANCELLED
+                pods.avoid(address, LOOK_UP_SECONDS if silent else None)
                 return
             old.drop()
             self.reconnections += 1
