@@ -58,7 +58,7 @@ def test_a_file_waits_while_frames_of_a_live_stream_wait(engine, random_model, m
     assert not thread.is_alive()
 
 
-def test_a_call_beside_uploads_is_enhanced_like_any_other(enhancer, monkeypatch):
+def test_a_call_beside_uploads_is_enhanced_like_any_other(enhancer):
     """Over real sockets, while three files are worked on; a frame ten seconds late would come dry."""
     noise = (0.1 * np.random.default_rng(0).standard_normal((100, 160))).astype(np.float32)
     upload = io.BytesIO()
@@ -70,8 +70,12 @@ def test_a_call_beside_uploads_is_enhanced_like_any_other(enhancer, monkeypatch)
             sent.append(noise[len(sent) % len(noise)])
             yield sent[-1]
 
-    with running(enhancer) as server, Client(f"127.0.0.1:{server.grpc.port}") as client:
-        monkeypatch.setattr("service.engine.LATE_SECONDS", 10.0)
+    with (
+        running(enhancer) as server,
+        Client(f"127.0.0.1:{server.grpc.port}") as client,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("service.engine.LATE_SECONDS", 10.0)
         url = "http://{}:{}/enhance".format(*server.servers[0].sockets[0].getsockname())
 
         def send_files():
