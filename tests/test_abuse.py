@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -300,6 +301,46 @@ def test_no_bytes_upset_the_http_port(service: Service, start: bytes, rest: list
 def test_no_bytes_upset_an_open_websocket(service: Service, pieces: list[bytes]) -> None:
     answer = ended(service.http_address, UPGRADE, *pieces)
     assert answer.startswith(b"HTTP/1.1 101 ")
+
+
+def frame(head: int, data: bytes = b"") -> bytes:
+    """One of a WebSocket, masked with zeros."""
+    return bytes([head, 0x80 | len(data)]) + bytes(4) + data
+
+
+@pytest.mark.parametrize(
+    ("first", "flood"),
+    [(b"", frame(0x8A)), (frame(0x02), frame(0x00))],
+    ids=["pongs", "fragments"],
+)
+def test_a_flood_of_frames_leaves_others_their_turns(service: Service, first: bytes, flood: bytes) -> None:
+    """Another stream gets many answers before a ping behind the flood gets one."""
+    config = '{"config": {"sample_rate_hz": 16000, "encoding": "ENCODING_S16LE"}}'
+    url = "ws://{}:{}/v1/stream".format(*service.http_address)
+    with (
+        connect(url, open_timeout=TIMEOUT_SECONDS, ping_interval=None) as bystander,
+        socket.create_connection(service.http_address, TIMEOUT_SECONDS) as flooder,
+        ThreadPoolExecutor() as pool,
+    ):
+        bystander.send(config)
+        bystander.recv(timeout=TIMEOUT_SECONDS)
+        flooder.sendall(UPGRADE)
+        assert flooder.recv(65_536).startswith(b"HTTP/1.1 101 ")
+        flooder.sendall(frame(0x81, config.encode()))
+        answer = flooder.recv(65_536)
+        assert b"started" in answer
+        sent = pool.submit(flooder.sendall, first + 60_000 * flood + frame(0x89, b"behind"))
+        for _ in range(20):
+            bystander.send(bytes(320))
+            bystander.recv(timeout=TIMEOUT_SECONDS)
+        flooder.settimeout(0)
+        with suppress(BlockingIOError):
+            while data := flooder.recv(65_536):
+                answer += data
+        assert b"behind" not in answer
+        flooder.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            sent.result()
 
 
 # Callers that open and do nothing

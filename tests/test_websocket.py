@@ -198,6 +198,17 @@ def test_a_wrong_message_is_told_and_harms_no_other_stream(
         assert len(audio(bystander)) == 320
 
 
+def test_all_that_is_sent_at_once_is_answered(service: Service) -> None:
+    with service.stream() as call:
+        pongs = [call.ping() for _ in range(2_000)]
+        for _ in range(500):
+            call.send(bytes(2))
+        send(call, end={})
+        answers = list(call)
+    assert all(pong.wait(TIMEOUT_SECONDS) for pong in pongs)
+    assert sum(len(answer) for answer in answers[:500]) == 1_000
+
+
 def test_a_message_over_the_limit_ends_the_stream(service: Service) -> None:
     before = service.metric('percepnet_streams_total{outcome="too_large"}')
     with service.stream() as call:
