@@ -210,9 +210,9 @@ class Streams:
     def _disperse(self) -> None:
         """Send away who was silent for longest, if too many are waited for."""
         waiting = {member: since for member in self._members if (since := member.waiting_since) is not None}
-        crowd = sorted(waiting, key=waiting.__getitem__)
-        for member in crowd[:-MAX_NOT_BEGUN]:
-            if waiting[member] <= time.monotonic() - PROMPT_SECONDS or member in crowd[:-MAX_CROWD]:
+        crowd = sorted(waiting, key=waiting.__getitem__, reverse=True)
+        for place, member in enumerate(crowd[MAX_NOT_BEGUN:], MAX_NOT_BEGUN):
+            if place >= MAX_CROWD or waiting[member] <= time.monotonic() - PROMPT_SECONDS:
                 member.fail(BusyError(_GIVES_WAY))
 
     async def _sweep(self) -> None:
