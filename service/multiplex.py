@@ -97,15 +97,15 @@ class Multiplex(Member):
                 self._there.set()
                 await writer
         finally:
-            self._reader = None  # nothing may cut the end short
+            self._reader = None  # only gRPC may cut the end short
+            # It sends no status while a message is in the way: that must be left to end, whatever comes.
+            self._ending = True
+            self._outbox.clear()
+            self._there.set()
             tasks = [wire.task for wire in self._wires.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            # gRPC sends no status while a message is in the way: it must be left to end, whatever comes.
-            self._ending = True
-            self._outbox.clear()
-            self._there.set()
             await self._streams.leave(self._caller, writer)
 
     async def _read_messages(self) -> None:
@@ -194,6 +194,8 @@ class Multiplex(Member):
         self._put(message)
 
     def _put(self, message: pb.EnhanceStreamsResponse) -> None:
+        if self._ending:  # early: the caller is told how the RPC ended
+            return
         data = message.SerializeToString()
         self._waiting_bytes += len(data)
         if self._waiting_bytes > MAX_ANSWERS_BYTES:

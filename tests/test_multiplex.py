@@ -293,22 +293,28 @@ class Hesitating:
         self.answers.append(data)
 
 
-async def ended_unread(enhancer: Enhancer) -> tuple[Streams, Hesitating, "asyncio.Task[None]"]:
-    """An RPC whose only session has ended, while its first answer waits to be taken."""
+def begun(enhancer: Enhancer, context: Any) -> tuple[Streams, "asyncio.Task[None]"]:
+    """An RPC, and its server, in which rounds run when the test runs them."""
     settings, metrics = Settings(), Metrics(enhancer.model)
-    engine = Engine(enhancer, 1, metrics)
+    engine = Engine(enhancer, 2, metrics)
     streams = Streams(settings, Access(settings), engine, enhancer.model.manifest, metrics)
     streams.start(lambda: False, lambda: None)
-    requests = message((1, config()), (1, {"audio": noise(160).tobytes()}), (1, {"end": pb.End()}))
-    context: Any = Hesitating(requests.SerializeToString())
 
     async def serve() -> None:
         await Multiplex(streams, context, Caller("test")).run()
 
-    rpc = asyncio.create_task(serve())
-    while not metrics.registry.get_sample_value("percepnet_streams_total", {"outcome": "ok"}):
-        if engine.has_work:
-            engine.run_round(0.0)
+    return streams, asyncio.create_task(serve())
+
+
+async def ended_unread(enhancer: Enhancer) -> tuple[Streams, Hesitating, "asyncio.Task[None]"]:
+    """An RPC whose only session has ended, while its first answer waits to be taken."""
+    requests = message((1, config()), (1, {"audio": noise(160).tobytes()}), (1, {"end": pb.End()}))
+    context = Hesitating(requests.SerializeToString())
+    streams, rpc = begun(enhancer, context)
+    ended = streams.metrics.registry.get_sample_value
+    while not ended("percepnet_streams_total", {"outcome": "ok"}):
+        if streams.engine.has_work:
+            streams.engine.run_round(0.0)
         await asyncio.sleep(0.001)
     for _ in range(20):  # until the RPC has heard of it
         await asyncio.sleep(0)
@@ -345,6 +351,29 @@ def test_the_last_answers_come_beside_a_crowd_if_they_are_read_promptly(
         return error is None
 
     assert asyncio.run(crowded()) == (prompt_seconds > 0)
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_an_rpc_that_is_cut_short_twice_leaves_no_task_behind(enhancer, turns):
+    """As by a message that does not parse, while the caller hangs up."""
+
+    async def cut() -> set["asyncio.Task[Any]"]:
+        context = Hesitating(message((1, config()), (2, config())).SerializeToString())
+        context.goes_on.set()
+        streams, rpc = begun(enhancer, context)
+        while not context.answers:
+            await asyncio.sleep(0.001)
+        rpc.cancel()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        rpc.cancel()
+        await asyncio.wait([rpc])
+        await asyncio.wait_for(streams.stop(), TIMEOUT_SECONDS)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(cut()) == set()
 
 
 def test_a_session_that_runs_ahead_ends_alone(channel):
