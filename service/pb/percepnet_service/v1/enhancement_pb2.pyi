@@ -42,7 +42,7 @@ class StreamConfig(_message.Message):
     compensate_delay: bool
     report: bool
     never_dry: bool
-    def __init__(self, sample_rate_hz: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., message_samples: _Optional[int] = ..., compensate_delay: _Optional[bool] = ..., report: _Optional[bool] = ..., never_dry: _Optional[bool] = ...) -> None: ...
+    def __init__(self, sample_rate_hz: _Optional[int] = ..., encoding: _Optional[_Union[Encoding, str]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., message_samples: _Optional[int] = ..., compensate_delay: bool = ..., report: bool = ..., never_dry: bool = ...) -> None: ...
 
 class EnhanceStreamRequest(_message.Message):
     __slots__ = ("config", "audio", "parameters", "flush", "end", "hand_over", "resume")
@@ -142,7 +142,7 @@ class EnhancedAudio(_message.Message):
     queued_samples: int
     draining: bool
     dry: bool
-    def __init__(self, audio: _Optional[bytes] = ..., position: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., flushed: _Optional[bool] = ..., queued_samples: _Optional[int] = ..., draining: _Optional[bool] = ..., dry: _Optional[bool] = ...) -> None: ...
+    def __init__(self, audio: _Optional[bytes] = ..., position: _Optional[int] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., flushed: bool = ..., queued_samples: _Optional[int] = ..., draining: bool = ..., dry: bool = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("speech_probability", "pitch_hz", "mean_gain")
@@ -242,4 +242,4 @@ class GetStatusResponse(_message.Message):
     active_streams: int
     stream_capacity: int
     accepting: bool
-    def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., precision: _Optional[str] = ..., active_streams: _Optional[int] = ..., stream_capacity: _Optional[int] = ..., accepting: _Optional[bool] = ...) -> None: ...
+    def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., precision: _Optional[str] = ..., active_streams: _Optional[int] = ..., stream_capacity: _Optional[int] = ..., accepting: bool = ...) -> None: ...
