@@ -90,8 +90,8 @@ class _Streams:
     def __init__(
         self, n_streams: int, sample_rate: int, controls: Controls, enhancer: Enhancer | None
     ) -> None:
+        self.controls = controls
         self._adapter = FrameAdapter(sample_rate, n_streams)
-        self._controls = controls
         self._enhancer = enhancer or bundled_enhancer()
         self._state = self._enhancer.initial_state(n_streams)
         self._sample_rate = sample_rate
@@ -106,7 +106,7 @@ class _Streams:
             raise ParameterError("the stream was flushed and has ended; begin a new one")
         frames = self._adapter.to_frames(usable(samples))
         if frames.shape[1]:
-            frames, self._state = self._enhancer.process(frames, self._state, self._controls)
+            frames, self._state = self._enhancer.process(frames, self._state, self.controls)
         ready = self._adapter.from_frames(frames)
         self._n_in += samples.shape[1]
         self._n_out += ready.shape[1]
@@ -166,6 +166,18 @@ class Stream:
     def latency_samples(self) -> int:
         """Samples at the caller's rate by which output sample i lags behind input sample i."""
         return self._streams.latency_samples
+
+    @property
+    def controls(self) -> Controls:
+        """What the caller chose; new ones apply from the next frame on.
+
+        Frames overlap, so that a change is faded over in 10 ms.
+        """
+        return self._streams.controls
+
+    @controls.setter
+    def controls(self, controls: Controls) -> None:
+        self._streams.controls = controls
 
     def push(self, samples: np.ndarray) -> np.ndarray:
         """Take the next samples and return those that are ready.

@@ -180,6 +180,32 @@ def test_each_stream_has_its_own_controls(enhancer):
             assert np.abs(outputs[one] - outputs[other]).max() > 1e-4
 
 
+@pytest.mark.parametrize("after", [DRY, Controls(attenuation_limit_db=6, postfilter=0)])
+def test_new_controls_are_faded_to_in_10_ms_without_a_click(enhancer, after):
+    """Before and after it is as if nothing had changed; between them nothing is rougher than there."""
+    tone = (0.3 * np.sin(2 * np.pi * 440 / 48_000 * np.arange(24_000))).astype(np.float32)
+
+    def output(changes: dict[int, Controls]) -> np.ndarray:
+        stream, outputs = Stream(enhancer=enhancer), []
+        for start in range(0, len(tone), 480):
+            stream.controls = changes.get(start, stream.controls)
+            outputs.append(stream.push(tone[start : start + 480]))
+        return np.concatenate(outputs)
+
+    changed, before, later = 12_000, output({}), output({0: after})
+    faded = output({changed: after})
+    hop = slice(changed, changed + 480)
+    np.testing.assert_array_equal(faded[: hop.start], before[: hop.start])
+    np.testing.assert_array_equal(faded[hop.stop :], later[hop.stop :])
+
+    def roughness(signal: np.ndarray) -> float:
+        return np.abs(np.diff(signal, 2))[hop.start - 960 : hop.stop + 960].max()
+
+    switched = np.concatenate([before[:changed], later[changed:]])
+    steady = max(roughness(before), roughness(later))
+    assert roughness(faded) < 1.2 * steady < roughness(switched)
+
+
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 2), (0, 2), (480, 5)])
 @pytest.mark.parametrize("rate", [8_000, 48_000])
 def test_short_and_empty_arrays_keep_their_shape(enhancer, rate, shape):
