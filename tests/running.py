@@ -121,6 +121,10 @@ class Link:
         """Carry nothing more, as if the server hung."""
         self._flows.clear()
 
+    def release(self) -> None:
+        """Carry what was held, and what comes."""
+        self._flows.set()
+
     def __enter__(self) -> Self:
         return self
 
