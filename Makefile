@@ -14,8 +14,8 @@ INSTALLED := pyproject.toml $(wildcard percepnet/native/*.[ch])
 DATA ?= data
 CACHE ?= cache/train
 RUN ?= runs/main
-# DNSMOS's sig_bak_ovr.onnx, from github.com/microsoft/DNS-Challenge, DNSMOS/DNSMOS.
-OPINION ?= data/sig_bak_ovr.onnx
+# DNSMOS's sig_bak_ovr.onnx and model_v8.onnx, from github.com/microsoft/DNS-Challenge, DNSMOS/DNSMOS.
+DNSMOS ?= data/dnsmos
 VERSION ?= 0.0.0
 
 .DEFAULT_GOAL := help
@@ -47,12 +47,12 @@ image: $(VENV)/.created ## Take the steps of deploy/Dockerfile without Docker, a
 	$(BIN)/python tests/deploy/exercise_image.py
 
 # PyTorch comes in many builds: install the one for your machine into $(VENV) first, or get the default one.
-train: $(OPINION) $(VENV)/.train $(CACHE)/cache.json ## Train the model: prepare DATA, train (goes on after a stop), export, evaluate
+train: $(DNSMOS) $(VENV)/.train $(CACHE)/cache.json ## Train the model: prepare DATA, train (goes on after a stop), export, evaluate
 	$(BIN)/percepnet train $(CACHE) $(RUN)/narrow --config percepnet/training/narrow.json $(ARGS)
 	$(BIN)/percepnet train $(CACHE) $(RUN)/wide --config percepnet/training/wide.json \
 		--start-from $(RUN)/narrow/checkpoint.pt $(ARGS)
 	$(BIN)/percepnet train $(CACHE) $(RUN)/judged --config percepnet/training/judged.json \
-		--start-from $(RUN)/wide/checkpoint.pt --opinion-model $(OPINION) $(ARGS)
+		--start-from $(RUN)/wide/checkpoint.pt --dnsmos $(DNSMOS) $(ARGS)
 	$(BIN)/percepnet export $(RUN)/judged $(RUN)/model --version $(VERSION)
 	$(BIN)/percepnet evaluate --clean $(DATA)/dev/clean --noisy $(DATA)/dev/noisy --model $(RUN)/model
 

@@ -131,44 +131,54 @@ def voice() -> Callable[[np.random.Generator, int], np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def opinion_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small predictor with random weights and DNSMOS's layers; its input is cut into windows already."""
+def dnsmos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small predictors with random weights and DNSMOS's layers; their inputs are windows, and a picture."""
     onnx = pytest.importorskip("onnx")
     from onnx import TensorProto, helper, numpy_helper
 
-    channels = (1, 8, 6, 6, 4, 4, 4, 8)
+    folder = tmp_path_factory.mktemp("dnsmos")
     rng = np.random.default_rng(0)
     nodes, constants = [], []
 
     def constant(*shape: int, scale: float) -> str:
-        name = f"constant{len(constants)}"
-        values = rng.normal(0, scale, shape).astype(np.float32)
-        constants.append(numpy_helper.from_array(values, name))
-        return name
+        return named(rng.normal(0, scale, shape).astype(np.float32))
+
+    def named(values: np.ndarray) -> str:
+        constants.append(numpy_helper.from_array(values, f"constant{len(constants)}"))
+        return constants[-1].name
 
     def op(kind: str, *inputs: str, **attributes: object) -> str:
         nodes.append(helper.make_node(kind, inputs, [f"value{len(nodes)}"], **attributes))
         return nodes[-1].output[0]
 
+    def scores(x: str, channels: tuple[int, ...], pooled: tuple[int, ...], n_scores: int) -> str:
+        for layer, (inputs, outputs) in enumerate(pairwise(channels)):
+            weight = constant(outputs, inputs, 3, 3, scale=(2 / 9 / inputs) ** 0.5)
+            x = op("Relu", op("Conv", x, weight, constant(outputs, scale=0.1), pads=[1, 1, 1, 1]))
+            if layer in pooled:
+                x = op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
+        x = op("ReduceMax", x, axes=[2, 3], keepdims=0)
+        for layer, (inputs, outputs) in enumerate(((8, 16), (16, 8), (8, n_scores))):
+            x = op("Add", op("MatMul", x, constant(inputs, outputs, scale=0.3)), constant(outputs, scale=0.1))
+            x = op("Relu", x) if layer < 2 else x
+        return x
+
+    def save(name: str, output: str, source: str, *shape: int | None) -> None:
+        ends = (
+            helper.make_tensor_value_info(source, TensorProto.FLOAT, shape),
+            helper.make_tensor_value_info(output, TensorProto.FLOAT, None),
+        )
+        graph = helper.make_graph(nodes, "predictor", ends[:1], ends[1:], constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        onnx.save(model, folder / name)
+        nodes.clear()
+        constants.clear()
+
     parts = [op("Conv", "windows", constant(161, 320, 1, scale=0.1)) for _ in range(2)]
     power = op("Add", *(op("Mul", part, part) for part in parts))
-    shape = numpy_helper.from_array(np.array([1, 1, 161, -1]), "shape")
-    constants.append(shape)
-    x = op("Transpose", op("Reshape", op("Log", power), "shape"), perm=[0, 1, 3, 2])
-    constants.append(numpy_helper.from_array(np.array(np.log(10), np.float32), "ln10"))
-    x = op("Div", x, "ln10")
-    for layer, (inputs, outputs) in enumerate(pairwise(channels)):
-        weight = constant(outputs, inputs, 3, 3, scale=(2 / 9 / inputs) ** 0.5)
-        x = op("Relu", op("Conv", x, weight, constant(outputs, scale=0.1), pads=[1, 1, 1, 1]))
-        if layer in (3, 4, 5):
-            x = op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
-    x = op("ReduceMax", x, axes=[2, 3], keepdims=0)
-    for layer, (inputs, outputs) in enumerate(((8, 16), (16, 8), (8, 3))):
-        x = op("Add", op("MatMul", x, constant(inputs, outputs, scale=0.3)), constant(outputs, scale=0.1))
-        x = op("Relu", x) if layer < 2 else x
-    windows = helper.make_tensor_value_info("windows", TensorProto.FLOAT, [1, 320, None])
-    scores = helper.make_tensor_value_info(x, TensorProto.FLOAT, None)
-    graph = helper.make_graph(nodes, "predictor", [windows], [scores], constants)
-    path = tmp_path_factory.mktemp("predictor") / "sig_bak_ovr.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+    logarithm = op("Div", op("Log", power), named(np.array(np.log(10), np.float32)))
+    picture = op("Transpose", op("Reshape", logarithm, named(np.array([1, 1, 161, -1]))), perm=[0, 1, 3, 2])
+    output = scores(picture, (1, 8, 6, 6, 4, 4, 4, 8), (3, 4, 5), 3)
+    save("sig_bak_ovr.onnx", output, "windows", 1, 320, None)
+    save("model_v8.onnx", scores("picture", (1, 6, 6, 4, 4, 8), (0, 1, 3), 1), "picture", 1, 1, None, 120)
+    return folder

@@ -23,7 +23,13 @@ from percepnet.training.export import restore
 from percepnet.training.losses import LossConfig, SpectralLoss
 from percepnet.training.mixing import Mixer
 from percepnet.training.network import NetworkConfig, PercepNet, State
-from percepnet.training.opinion import OpinionPredictor
+from percepnet.training.opinion import (
+    P808_FILE,
+    P835_FILE,
+    ListeningPredictor,
+    OpinionPredictor,
+    Predictor,
+)
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.csv"
@@ -47,9 +53,13 @@ class TrainConfig:
     muon_iterations: int = 3
     """Newton-Schulz iterations of Muon, which trains the recurrent layers; 0 for AdamW alone."""
     opinion: float = 0.0
-    """Weight of the overall quality that DNSMOS predicts; takes `--opinion-model`."""
+    """Weight of the overall quality that DNSMOS P.835 predicts; takes `--dnsmos`."""
     opinion_examples: int = 4
-    """Examples of each step that are judged; the predictor costs more than the network."""
+    """Examples of each step that it judges; it costs more than the network."""
+    listening: float = 0.0
+    """Weight of the quality that DNSMOS P.808 predicts; takes `--dnsmos`."""
+    listening_examples: int = 16
+    """Examples of each step that it judges."""
     average_decay: float = 0.98
     """Decay per step of the averaged weights, which are what is exported."""
     seed: int = 1
@@ -154,6 +164,29 @@ def _optimizers(network: PercepNet, config: TrainConfig) -> list[torch.optim.Opt
     ]
 
 
+@dataclass(frozen=True)
+class _Judge:
+    """A predictor of opinions, what it counts, and on how many examples of a step."""
+
+    name: str
+    predictor: Predictor
+    weight: float
+    examples: int
+
+
+def _judges(config: TrainConfig, dnsmos: Path | None, device: torch.device) -> list[_Judge]:
+    judges = []
+    for name, kind, weight, examples in (
+        ("opinion", OpinionPredictor, config.opinion, config.opinion_examples),
+        ("listening", ListeningPredictor, config.listening, config.listening_examples),
+    ):
+        if weight:
+            if dnsmos is None:
+                raise ParameterError(f"a config with '{name}' takes --dnsmos, the folder with {kind.file}")
+            judges.append(_Judge(name, kind(dnsmos / kind.file).to(device), weight, examples))
+    return judges
+
+
 class Trainer:
     """A run in a folder: builds, resumes, trains and saves."""
 
@@ -166,10 +199,8 @@ class Trainer:
         device: str,
         workers: int,
         start_from: Path | None = None,
-        opinion_model: Path | None = None,
+        dnsmos: Path | None = None,
     ) -> None:
-        if config.opinion and opinion_model is None:
-            raise ParameterError("a config with an opinion takes --opinion-model, DNSMOS's sig_bak_ovr.onnx")
         Mixer(cache, split="valid", seed=config.seed)  # there must be something to validate with
         self.config = config
         self.directory = directory
@@ -178,9 +209,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.network = PercepNet(config.network).to(self.device)
         self.loss = SpectralLoss(config.loss).to(self.device)
-        self.opinion = (
-            OpinionPredictor(opinion_model).to(self.device) if config.opinion and opinion_model else None
-        )
+        self.judges = _judges(config, dnsmos, self.device)
         self.average = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.optimizers = _optimizers(self.network, config)
         self.step = 0
@@ -243,13 +272,13 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             gains, strengths, state = network(features, state)
         loss, terms = self.loss(gains, strengths, tensors)
-        if network.training and self.opinion is not None:
-            first = self.step * self.config.opinion_examples % self.config.batch
-            judged = slice(first, first + self.config.opinion_examples)
+        for judge in self.judges if network.training else ():
+            first = self.step * judge.examples % self.config.batch
+            judged = slice(first, first + judge.examples)
             parts = (tensors["noisy"], tensors["comb"], gains, strengths)
-            overall = self.opinion(self.loss.enhance(*(part[judged] for part in parts)))[:, 2].mean()
-            loss = loss - self.config.opinion * overall
-            terms["opinion"] = float(overall.detach())
+            overall = judge.predictor(self.loss.enhance(*(part[judged] for part in parts)))[:, -1].mean()
+            loss = loss - judge.weight * overall
+            terms[judge.name] = float(overall.detach())
         return loss, terms, state
 
     def _next_part(self) -> tuple[dict[str, np.ndarray], State | None]:
@@ -322,7 +351,7 @@ class Trainer:
         with log_path.open("w", newline="") as file:
             columns = (
                 "step loss magnitude phase gains strengths intelligibility high_band pesq distortion opinion "
-                "gradient_norm learning_rate validation seconds"
+                "listening gradient_norm learning_rate validation seconds"
             )
             log = csv.DictWriter(file, columns.split(), restval="")
             log.writeheader()
@@ -362,7 +391,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start-from", type=Path, help="checkpoint of an as wide or narrower network to start from"
     )
     parser.add_argument(
-        "--opinion-model", type=Path, help="DNSMOS's sig_bak_ovr.onnx, for configs that ask for it"
+        "--dnsmos",
+        type=Path,
+        help=f"folder of DNSMOS's {P835_FILE} and {P808_FILE}, for configs that ask for them",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of the network (default: all)")
@@ -383,7 +414,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         workers=arguments.workers,
         start_from=arguments.start_from,
-        opinion_model=arguments.opinion_model,
+        dnsmos=arguments.dnsmos,
     )
     try:
         trainer.run()

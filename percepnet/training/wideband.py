@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+RATE = 16_000
 HOP = 160
 WINDOW = 2 * HOP  # at 16 kHz: the same 20 ms, and bins 50 Hz apart, as in the signal path
 _ALL_BINS = 81  # the loss looks at all up to 4 kHz,

@@ -130,18 +130,16 @@ def test_training_lowers_the_loss(training_cache: Path, tmp_path: Path) -> None:
     assert values[-1] < 0.8 * values[0]
 
 
-def test_the_recipe_of_the_shipped_model_runs(
-    training_cache: Path, opinion_model: Path, tmp_path: Path
-) -> None:
+def test_the_recipe_of_the_shipped_model_runs(training_cache: Path, dnsmos: Path, tmp_path: Path) -> None:
     """The stages of `make train`, cut to two steps, give a model of the shipped one's size that loads."""
     start: tuple[str, ...] = ()
     for stage in ("narrow", "wide", "judged"):
         config = TrainConfig.from_json((RECIPE / f"{stage}.json").read_text())
         short = dataclasses.replace(config, steps=2, batch=4, validation_shards=1, pool=TINY.pool)
-        train(training_cache, tmp_path / stage, short, *start, "--opinion-model", str(opinion_model))
+        train(training_cache, tmp_path / stage, short, *start, "--dnsmos", str(dnsmos))
         start = "--start-from", str(tmp_path / stage / CHECKPOINT)
     with (tmp_path / "judged" / LOG).open(newline="") as file:
-        terms = ("opinion", "intelligibility", "pesq", "high_band", "distortion")
+        terms = ("opinion", "listening", "intelligibility", "pesq", "high_band", "distortion")
         assert all(row[term] for row in csv.DictReader(file) for term in terms)
     assert main(["export", str(tmp_path / "judged"), str(tmp_path / "model"), "--version", "0.1"]) == 0
     model = Model.load(tmp_path / "model")
