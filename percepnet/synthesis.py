@@ -24,7 +24,7 @@ class Controls:
     Raises ParameterError for a number out of range.
     """
 
-    attenuation_limit_db: float = 60.0
+    attenuation_limit_db: float = 40.0
     mix: float = 1.0
     postfilter: float = 1.0
 
