@@ -48,8 +48,9 @@ class PercepNetProcessor(rtc.FrameProcessor[rtc.AudioFrame]):
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._enabled = value
-        self._close()
+        if value != self._enabled:
+            self._enabled = value
+            self._close()
 
     def _process(self, frame: rtc.AudioFrame) -> rtc.AudioFrame:
         if not self._enabled:

@@ -1,6 +1,8 @@
 """An audio filter for Pipecat's input transports; needs `pipecat-ai`."""
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -19,9 +21,12 @@ from service import pcm
 from service.client import AsyncClient
 from service.client.conversation import Item
 
-HELD_SECONDS = 2.0
+HELD_SECONDS = 1.5
 """Of audio wait for a server at most: in that time the client finds another one. A bot that hears nothing for
 longer would be taken for dead."""
+
+GRACE_SECONDS = 0.5
+"""For so long more may wait: it may have come at once."""
 
 RETRY_SECONDS = 2.0
 """Between two attempts to be enhanced again."""
@@ -45,9 +50,9 @@ class PercepNetFilter(BaseAudioFilter):
     48 kHz a few more, over the network by its way more), so that the first calls return b"". A
     FilterEnableFrame fades to the unenhanced samples and back, in 10 to 50 ms, and the delay stays.
 
-    A server that is lost, full or refuses does not stop the call: what it owes after two seconds comes back
-    as it was, noise and all, and so does what follows, each time with an error in the log, while the filter
-    asks again every few seconds.
+    A server that is lost or full, or refuses, does not stop the call: what it owes after two seconds comes
+    back as it was, noise and all, and so does what follows, each time with an error in the log, while the
+    filter asks again every few seconds.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class PercepNetFilter(BaseAudioFilter):
         self._rest = b""  # less than 10 ms
 
     async def start(self, sample_rate: int) -> None:
-        """Begin a stream; raises ParameterError for a rate that is not accepted in the bot's process."""
+        """Begin a stream; raises ParameterError for a rate or a target that is not accepted."""
         await self.stop()
         self._step = sample_rate // 100 * pcm.S16LE.itemsize
         if self._target is None:
@@ -74,7 +79,7 @@ class PercepNetFilter(BaseAudioFilter):
             self._line = _Remote(sample_rate, self._chosen, self._target)
 
     async def stop(self) -> None:
-        """End the stream, and drop the last 30 ms."""
+        """End the stream, and drop what has not come back: the last 30 ms, over the network its way more."""
         line, self._line, self._rest = self._line, None, b""
         if line is not None:
             await line.close()
@@ -131,10 +136,12 @@ class _Remote:
     def __init__(self, sample_rate: int, controls: Controls, target: str | AsyncClient) -> None:
         self._owns_client = isinstance(target, str)
         self._client = AsyncClient(target) if isinstance(target, str) else target
+        self._client.stream(sample_rate)  # raises ParameterError, and opens nothing yet
         self._sample_rate = sample_rate
         self._controls = controls
         self._to_send: asyncio.Queue[Item] = asyncio.Queue()
-        self._held = bytearray()  # no answer came to it
+        self._held = bytearray()  # not answered yet
+        self._full_since = math.inf
         self._ready = bytearray()  # to give back
         self._lost = False
         self._task = asyncio.create_task(self._run())
@@ -145,8 +152,10 @@ class _Remote:
             self._let_go()
         elif audio:
             self._to_send.put_nowait(pcm.decode(audio, pcm.S16LE))
-            if len(self._held) > HELD_SECONDS * self._sample_rate * pcm.S16LE.itemsize:
-                self._lose(f"no answer for {HELD_SECONDS:g} s")
+            full = len(self._held) > HELD_SECONDS * self._sample_rate * pcm.S16LE.itemsize
+            self._full_since = min(self._full_since, time.monotonic()) if full else math.inf
+            if time.monotonic() - self._full_since > GRACE_SECONDS:
+                self._lose(f"no answer for {HELD_SECONDS + GRACE_SECONDS:g} s")
                 self._task.cancel()
                 self._task = asyncio.create_task(self._run())
         ready, self._ready = bytes(self._ready), bytearray()
@@ -158,18 +167,21 @@ class _Remote:
 
     async def close(self) -> None:
         self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
-        if self._owns_client:
-            await self._client.close()
+        try:
+            await asyncio.wait([self._task])
+        finally:
+            if self._owns_client:
+                await self._client.close()
 
     async def _run(self) -> None:
         while True:
-            first = self._controls if self._lost else await self._to_send.get()
+            first: Item = self._controls
+            while not self._lost and isinstance(first, Controls):
+                first = await self._to_send.get()  # a stream begins with the controls of its time
             try:
                 await self._enhance(first)
             except Exception as error:
-                self._lose(str(error))
+                self._lose(str(error) or repr(error))
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _enhance(self, first: Item) -> None:
@@ -183,19 +195,19 @@ class _Remote:
             if self._lost:
                 logger.info("PercepNetFilter enhances again")
                 self._lost, self._to_send, first = False, asyncio.Queue(), self._controls
-            async for samples in call.pipe(self._items(first)):
+            async for samples in call.pipe(self._items(first, self._to_send)):
                 self._ready += pcm.encode(samples, pcm.S16LE).tobytes()
                 del self._held[: len(samples) * pcm.S16LE.itemsize]
 
-    async def _items(self, first: Item) -> AsyncIterator[Item]:
+    async def _items(self, first: Item, others: asyncio.Queue[Item]) -> AsyncIterator[Item]:
         yield first
         with suppress(TimeoutError):
             while True:
-                yield await asyncio.wait_for(self._to_send.get(), IDLE_SECONDS)
+                yield await asyncio.wait_for(others.get(), IDLE_SECONDS)
 
     def _lose(self, why: str) -> None:
         logger.error(f"PercepNetFilter lets noise through until a server is there: {why}")
-        self._lost = True
+        self._lost, self._full_since = True, math.inf
         self._let_go()
 
     def _let_go(self) -> None:

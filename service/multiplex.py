@@ -97,8 +97,8 @@ class Multiplex(Member):
                 self._there.set()
                 await writer
         finally:
-            self._reader = None  # only gRPC may cut the end short
-            # It sends no status while a message is in the way: that must be left to end, whatever comes.
+            self._reader = None  # only the caller may cut the end short
+            # gRPC sends no status while a message is in the way: that must be left to end, whatever comes.
             self._ending = True
             self._outbox.clear()
             self._there.set()
@@ -194,7 +194,7 @@ class Multiplex(Member):
         self._put(message)
 
     def _put(self, message: pb.EnhanceStreamsResponse) -> None:
-        if self._ending:  # early: the caller is told how the RPC ended
+        if self._ending:  # the RPC was cut short: its status tells
             return
         data = message.SerializeToString()
         self._waiting_bytes += len(data)

@@ -355,7 +355,7 @@ def test_the_last_answers_come_beside_a_crowd_if_they_are_read_promptly(
 
 @pytest.mark.parametrize("turns", range(6))
 def test_an_rpc_that_is_cut_short_twice_leaves_no_task_behind(enhancer, turns):
-    """As by a message that does not parse, while the caller hangs up."""
+    """Whenever the second comes: the first may be a wrong message, the second the caller that hangs up."""
 
     async def cut() -> set["asyncio.Task[Any]"]:
         context = Hesitating(message((1, config()), (2, config())).SerializeToString())

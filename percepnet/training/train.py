@@ -166,7 +166,7 @@ def _optimizers(network: PercepNet, config: TrainConfig) -> list[torch.optim.Opt
 
 @dataclass(frozen=True)
 class _Judge:
-    """A predictor of opinions, what it counts, and on how many examples of a step."""
+    """A predictor of opinions, its weight in the loss, and how many examples of a step it judges."""
 
     name: str
     predictor: Predictor
@@ -276,9 +276,9 @@ class Trainer:
             first = self.step * judge.examples % self.config.batch
             judged = slice(first, first + judge.examples)
             parts = (tensors["noisy"], tensors["comb"], gains, strengths)
-            overall = judge.predictor(self.loss.enhance(*(part[judged] for part in parts)))[:, -1].mean()
-            loss = loss - judge.weight * overall
-            terms[judge.name] = float(overall.detach())
+            score = judge.predictor(self.loss.enhance(*(part[judged] for part in parts)))[:, -1].mean()
+            loss = loss - judge.weight * score
+            terms[judge.name] = float(score.detach())
         return loss, terms, state
 
     def _next_part(self) -> tuple[dict[str, np.ndarray], State | None]:
