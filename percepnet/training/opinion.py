@@ -130,12 +130,9 @@ class ListeningPredictor(Predictor):
 
 def mel_weights() -> Tensor:
     """Slaney's mel filters up to 8 kHz, each of area one, (161, 120); as librosa makes them."""
-
-    def mel(hz: np.ndarray) -> np.ndarray:
-        return np.where(hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1) / 1000) / np.log(6.4))
-
-    grid = np.linspace(0, RATE / 2, 100_001)
-    edges = np.interp(np.linspace(0, mel(grid[-1:])[0], _MELS + 2), mel(grid), grid)
+    highest = 15 + 27 * np.log(RATE / 2 / 1000) / np.log(6.4)
+    mel = np.linspace(0, highest, _MELS + 2)
+    edges = np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))  # in Hz: even up to 1 kHz
     hz = np.fft.rfftfreq(_MEL_WINDOW, 1 / RATE)[:, None]
     low, center, high = edges[:-2], edges[1:-1], edges[2:]
     rise, fall = (hz - low) / (center - low), (high - hz) / (high - center)
