@@ -16,7 +16,7 @@ class PercepNetProcessor(rtc.FrameProcessor[rtc.AudioFrame]):
     model of your own; the bundled one is shared by all.
 
     Each frame becomes one of the same length, 30 ms late (at other rates than 48 kHz a few more), and 10 ms
-    more if frames are no multiples of 10 ms; a stream begins with as much silence. The work is done where
+    more if frames are no multiples of 10 ms; a stream begins with as much lead-in. The work is done where
     the frames come in, each channel on its own. A processor is for one track at a time. Another track, sample
     rate or number of channels, or a while without `enabled`, begins a new stream.
     """
